@@ -1,0 +1,1777 @@
+"""Parameter Golf record: train an 11-layer int6 GPT for 600 s, pack it under 16 MB, score it in bits per byte.
+
+    torchrun --nproc_per_node=8 train_gpt.py          # eight GPUs; SEED=1337, RECIPE=…, any field of Config
+    python train_gpt.py                               # one GPU, or a CPU
+    EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py
+
+One direction of flow: environment → Config → Runtime → TokenLoader, ValidationSet → GPT → Optimizers → train →
+averaged weights → artifact → fresh GPT → token scores → bits per byte. Importing this file starts nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS_ID = 1  # every document begins with it, in the contest's shards and in those of data/prepare.py
+SIZE_LIMIT_BYTES = 16_000_000  # decimal megabytes: code plus artifact
+STAGE_BUDGET_S = 600.0  # the contest's limit for training, and again for evaluation
+CODE_FILES = ("train_gpt.py", "swarm_agents.py", "kg_data.py")
+CODE_DIR = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can put right; its text says what was found, what was expected and what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """A variable, or a combination of variables, that cannot work."""
+
+
+class DataError(UserError):
+    """A shard, tokenizer or validation split that cannot be used."""
+
+
+class ArtifactError(UserError):
+    """An artifact that is missing, damaged, foreign or too large."""
+
+
+def require(package: str, purpose: str) -> types.ModuleType:
+    """Import an optional package where it is first needed, or say which one is missing and for what."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{purpose} needs the package {package!r}: pip install {package}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. Config: every setting, in one frozen object. Value = environment variable, else recipe, else default.
+# ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run; field `matrix_lr` is read from the variable MATRIX_LR."""
+
+    recipe: str = "leaky"
+    seed: int = 1337
+    run_id: str = ""  # empty: recipe, seed and start time
+    out_dir: str = "."  # artifact and logs/ go there
+    data_path: str = "./data/datasets/fineweb10B_sp1024"
+    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
+    device: str = "auto"
+    attention: str = "auto"
+    compile: bool | None = None  # auto: on CUDA only
+    eval_only: bool = False
+    artifact: str = ""  # empty: final_model.int6.ptz in out_dir
+
+    vocab_size: int = 1024
+    num_layers: int = 11
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: float = 3.0
+    leaky_slope: float = 0.75  # 0 is plain ReLU; the activation is squared either way
+    tie_embeddings: bool = True
+    tied_embed_init_std: float = 0.005
+    logit_softcap: float = 30.0
+    qk_gain_init: float = 1.5
+    bigram_vocab_size: int = 2048
+    bigram_dim: int = 128
+    smear_bos_mask: bool = True
+    xsa_last_n: int = 4
+    rope_dims: int = 16  # 0: all dimensions of a head
+    rope_base: float = 10_000.0
+    rope_train_len: int = 1024  # longer sequences rescale the base (NTK); 0: never
+    ln_scale: bool = True
+    ve_dim: int = 128
+    ve_layers: tuple[int, ...] = (9, 10)
+    mtp_num_heads: int = 0
+    mtp_loss_weight: float = 0.1
+
+    train_batch_tokens: int = 786_432
+    micro_batch_tokens: int = 98_304  # upper bound of one forward pass on one rank
+    train_seq_len: int = 2048
+    iterations: int = 20_000
+    max_wallclock_seconds: float = 600.0  # 0: no cap
+    warmup_steps: int = 20  # primes compilation; weights and data position are restored afterwards
+    warmdown_iters: int = 3700
+    matrix_lr: float = 0.027
+    tied_embed_lr: float = 0.035
+    embed_lr: float = 0.6  # token embedding when TIE_EMBEDDINGS=0
+    head_lr: float = 0.008  # MTP heads, and the output head when TIE_EMBEDDINGS=0
+    scalar_lr: float = 0.025
+    muon_momentum: float = 0.99
+    muon_momentum_warmup_start: float = 0.92
+    muon_momentum_warmup_steps: int = 1500
+    muon_steps: int = 5
+    muon_wd: float = 0.04
+    adam_wd: float = 0.04
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.3  # 0: no clipping
+    weight_average: str = "ema"
+    ema_decay: float = 0.997
+    swa_every: int = 50
+    swa_start_scale: float = 0.5  # SWA collects while the LR scale is below this
+    qat_bits: int = 6  # 0: no quantization-aware training
+    late_qat_threshold: float = 0.15  # QAT begins when the LR scale falls below this; 1: from the start
+    val_loss_every: int = 4000  # 0: only at the end
+    train_log_every: int = 500
+    val_tokens: int = 0  # 0: all; otherwise only the first N targets, and every result says `partial`
+
+    eval_seq_len: int = 2048
+    eval_stride: int = 64
+    eval_batch_seqs: int = 32
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Config:
+        """Read and validate the settings. Raises ConfigError: the variable, its value, what is allowed."""
+        recipe = environ.get("RECIPE", cls.recipe)
+        if recipe not in RECIPES:
+            raise ConfigError(f"RECIPE={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+        hints = typing.get_type_hints(cls)
+        _reject_misspelt(environ, {name.upper() for name in hints} | {"RECIPE"})
+        values: dict[str, Any] = dict(RECIPES[recipe], recipe=recipe)
+        for name, kind in hints.items():
+            if name.upper() in environ:
+                values[name] = _parse(name.upper(), environ[name.upper()], kind)
+        return cls(**values).validate()
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The config stored in an artifact. Unknown or missing fields raise ConfigError."""
+        values = json.loads(text)
+        known = typing.get_type_hints(cls)
+        if not isinstance(values, dict) or set(values) != set(known):
+            odd = sorted(set(known).symmetric_difference(values)) if isinstance(values, dict) else values
+            raise ConfigError(f"the stored config does not have this version's fields; they differ in {odd}")
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**values).validate()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    def validate(self) -> Config:
+        """Check ranges and combinations; returns self. Raises ConfigError."""
+        for name, (low, high) in FIELD_RANGES.items():
+            _expect(low <= getattr(self, name) <= high, self, name, f"a value from {low:g} to {high:g}")
+        for name, allowed in FIELD_CHOICES.items():
+            _expect(getattr(self, name) in allowed, self, name, "one of " + ", ".join(map(str, allowed)))
+        heads = self.num_heads
+        _expect(self.model_dim % heads == 0, self, "model_dim", f"a multiple of NUM_HEADS={heads}")
+        _expect(self.head_dim % 2 == 0, self, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)")
+        _expect(heads % self.num_kv_heads == 0, self, "num_kv_heads", f"a divisor of NUM_HEADS={heads}")
+        _expect(self.mlp_mult * self.model_dim % 1 == 0, self, "mlp_mult", "MLP_MULT × MODEL_DIM to be whole")
+        rope_ok = self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim and self.rope_dims != 2
+        _expect(rope_ok, self, "rope_dims", f"0 (all) or an even number from 4 to {self.head_dim}")
+        _expect(self.xsa_last_n <= self.num_layers, self, "xsa_last_n", f"at most NUM_LAYERS={self.num_layers}")
+        ve_ok = all(0 <= layer < self.num_layers for layer in self.ve_layers)
+        _expect(ve_ok, self, "ve_layers", f"layers from 0 to {self.num_layers - 1}")
+        stride_ok = self.eval_stride <= self.eval_seq_len
+        _expect(stride_ok, self, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        mtp_ok = self.mtp_num_heads < self.train_seq_len
+        _expect(mtp_ok, self, "mtp_num_heads", f"fewer than TRAIN_SEQ_LEN={self.train_seq_len}")
+        whole = self.train_batch_tokens % self.train_seq_len == 0
+        _expect(whole, self, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def artifact_path(self) -> Path:
+        return Path(self.artifact) if self.artifact else Path(self.out_dir) / "final_model.int6.ptz"
+
+
+# What a recipe sets beyond the defaults above.
+RECIPES: dict[str, dict[str, Any]] = {
+    "leaky": {},
+    "demo": dict(
+        data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
+        num_layers=4, model_dim=192, num_heads=4, num_kv_heads=2, ve_layers=(2, 3), ve_dim=32, bigram_dim=64,
+        xsa_last_n=2, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=8192,
+        micro_batch_tokens=8192, iterations=220, warmdown_iters=90, warmup_steps=1, max_wallclock_seconds=100.0,
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.95,
+        val_loss_every=100, train_log_every=20, val_tokens=40_960, eval_seq_len=256, eval_stride=64,
+    ),
+}  # fmt: skip
+
+FIELD_RANGES: dict[str, tuple[float, float]] = dict(
+    seed=(0, 2**63 - 1), vocab_size=(2, 65_535), num_layers=(1, 64), model_dim=(8, 8192), num_heads=(1, 128),
+    num_kv_heads=(1, 128), mlp_mult=(0.125, 16), leaky_slope=(0, 1), tied_embed_init_std=(1e-6, 1),
+    logit_softcap=(1, 1000), qk_gain_init=(0.01, 100), bigram_vocab_size=(2, 2**24), bigram_dim=(1, 4096),
+    xsa_last_n=(0, 64), rope_dims=(0, 512), rope_base=(10, 1e8), rope_train_len=(0, 2**20), ve_dim=(1, 4096),
+    mtp_num_heads=(0, 8), mtp_loss_weight=(0, 1), train_batch_tokens=(1, 2**30), micro_batch_tokens=(1, 2**30),
+    train_seq_len=(2, 2**20), iterations=(1, 10**9), max_wallclock_seconds=(0, 1e7), warmup_steps=(0, 1000),
+    warmdown_iters=(0, 10**9), matrix_lr=(0, 10), tied_embed_lr=(0, 10), embed_lr=(0, 10), head_lr=(0, 10),
+    scalar_lr=(0, 10), muon_momentum=(0, 0.9999), muon_momentum_warmup_start=(0, 0.9999), muon_steps=(1, 20),
+    muon_momentum_warmup_steps=(0, 10**9), muon_wd=(0, 1), adam_wd=(0, 1), beta1=(0, 0.9999), beta2=(0, 0.999999),
+    adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
+    swa_start_scale=(0, 1), late_qat_threshold=(0, 1), val_loss_every=(0, 10**9), train_log_every=(1, 10**9),
+    val_tokens=(0, 2**40), eval_seq_len=(2, 2**20), eval_stride=(1, 2**20), eval_batch_seqs=(1, 65_536),
+)  # fmt: skip
+FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "attention": ("auto", "fa3", "fa2", "cudnn", "sdpa"),
+    "weight_average": ("ema", "swa", "none"),
+    "qat_bits": (0, 5, 6, 7, 8),
+}
+
+
+def _expect(ok: bool, config: Config, name: str, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name.upper()}={getattr(config, name)} cannot be used: expected {allowed}")
+
+
+def _parse(variable: str, text: str, kind: Any) -> Any:
+    """One environment value to its field's type. Raises ConfigError."""
+    words = {"0": False, "false": False, "1": True, "true": True}
+    try:
+        if kind == bool | None and text.lower() == "auto":
+            return None
+        if kind in (bool, bool | None):
+            return words[text.strip().lower()]
+        if kind == tuple[int, ...]:
+            return tuple(int(part) for part in text.split(",") if part.strip())
+        value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (ValueError, KeyError):
+        shown = {int: "a whole number", float: "a finite number", bool: "0, 1, true or false"}
+        wanted = shown.get(kind, "auto, 0 or 1" if kind == bool | None else "whole numbers with commas between")
+        raise ConfigError(f"{variable}={text!r} cannot be read: expected {wanted}") from None
+
+
+def _reject_misspelt(environ: Mapping[str, str], known: set[str]) -> None:
+    """A variable that is nearly a field's name would be ignored in silence, so it is an error."""
+    squeezed = {name.replace("_", ""): name for name in known}
+    for name in sorted(set(environ) - known):
+        upper = name.upper()
+        exact = squeezed.get(upper.replace("_", ""))
+        close = [exact] if exact else difflib.get_close_matches(upper, sorted(known), n=1, cutoff=0.88)
+        if close:
+            raise ConfigError(f"the variable {name} is no setting; did you mean {close[0]}? Rename or unset it")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Runtime: process group, device, and the log. World size 1 is the same code without communication.
+# ----------------------------------------------------------------------------------------------------------
+class Runtime:
+    """Rank, device and collectives of this process; a context manager that joins and leaves the group."""
+
+    def __init__(self, config: Config, environ: Mapping[str, str]):
+        self.rank = int(environ.get("RANK", "0"))
+        self.local_rank = int(environ.get("LOCAL_RANK", "0"))
+        self.world_size = int(environ.get("WORLD_SIZE", "1"))
+        self.device = self._pick_device(config.device)
+        self.control_group: Any = None
+
+    def _pick_device(self, choice: str) -> torch.device:
+        available = torch.cuda.is_available()
+        if choice == "cuda" and not available:
+            raise ConfigError("DEVICE=cuda, but torch finds no CUDA device; unset it or use DEVICE=cpu")
+        if choice == "cpu" or not available:
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ConfigError(f"local rank {self.local_rank}, but {count} GPUs; lower --nproc_per_node")
+        return torch.device("cuda", self.local_rank)
+
+    def __enter__(self) -> Runtime:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world_size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            device_id = self.device if backend == "nccl" else None
+            dist.init_process_group(backend, device_id=device_id)
+            # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
+            self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work | None:
+        """Start summing `full` over ranks into this rank's `shard`; wait on the result before reading."""
+        operation = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
+        return operation(shard, full, async_op=True)
+
+    def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work | None:
+        """Start collecting every rank's `shard`, in rank order, into `full`."""
+        operation = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return operation(full, shard, async_op=True)
+
+    def from_main(self, value: float) -> float:
+        """Rank 0's number, on every rank."""
+        if self.world_size == 1:
+            return value
+        carrier = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(carrier, src=0, group=self.control_group)
+        return carrier.item()
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous part of range(count)."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Concatenate 1-D parts of the given per-rank sizes in rank order, on every rank."""
+        if self.world_size == 1:
+            return part
+        padded = part.new_zeros(max(sizes))
+        padded[: len(part)] = part
+        full = part.new_empty(self.world_size, max(sizes))
+        work = self.all_gather(full.view(-1), padded)
+        if work is not None:
+            work.wait()
+        return torch.cat([row[:size] for row, size in zip(full, sizes)])
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def describe(self) -> str:
+        on_cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_cuda else platform.processor() or "CPU"
+        return (
+            f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+            f"world_size:{self.world_size} device:{self.device.type} hardware:{name.strip()} "
+            f"threads:{torch.get_num_threads()}"
+        )
+
+    def peak_memory_line(self) -> str:
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
+        import resource  # absent on Windows, and only needed here
+
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return f"peak memory allocated: {kib >> 10} MiB (process, resident)"
+
+
+class RunLog:
+    """Greppable `key:value` lines on the console and in logs/<run>.txt, and the same numbers as JSONL.
+
+    Only rank 0 writes. A progress bar is drawn on a terminal and never reaches a file.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime):
+        self.active = runtime.is_main
+        self.bar_width = 0
+        if not self.active:
+            return
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.run_id = config.run_id or f"{config.recipe}_seed{config.seed}_{stamp}"
+        folder = Path(config.out_dir) / "logs"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text_file = (folder / f"{self.run_id}.txt").open("w", encoding="utf-8")
+            self.json_file = (folder / f"{self.run_id}.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write logs to {folder} (OUT_DIR, RUN_ID): {error.strerror}") from error
+        for path in code_paths():
+            self.text_file.write(f"===== {path.name} =====\n{path.read_text(encoding='utf-8')}\n")
+        self.text_file.write("===== log =====\n")
+
+    def line(self, text: str) -> None:
+        """Text for people alone."""
+        if not self.active:
+            return
+        self._clear_bar()
+        print(text, flush=True)  # noqa: T201 (the console is this log's first half)
+        self.text_file.write(text + "\n")
+        self.text_file.flush()
+
+    def row(self, event: str, note: str = "", **fields: Any) -> None:
+        """One event: `event key:value …` for people, the same numbers as one JSON object for machines.
+
+        Units are in the names: `train_time_ms=1.0` prints as `train_time:1ms`, `…_s` as seconds.
+        """
+        if not self.active:
+            return
+        digits = 8 if event.endswith("_exact") else 4
+        parts = [event, *(_key_value(name, value, digits) for name, value in fields.items())]
+        self.line(" ".join(part for part in (*parts, note) if part))
+        self.json_file.write(json.dumps({"event": event, **fields, **({"note": note} if note else {})}) + "\n")
+        self.json_file.flush()
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """Redraw the bar, on a terminal only."""
+        if not self.active or not sys.stderr.isatty():
+            return
+        filled = 30 * done // max(total, 1)
+        bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {text}"
+        sys.stderr.write("\r" + bar.ljust(self.bar_width))
+        sys.stderr.flush()
+        self.bar_width = len(bar)
+
+    def _clear_bar(self) -> None:
+        if self.bar_width:
+            sys.stderr.write("\r" + " " * self.bar_width + "\r")
+            sys.stderr.flush()
+            self.bar_width = 0
+
+    def close(self) -> None:
+        if self.active:
+            self._clear_bar()
+            self.text_file.close()
+            self.json_file.close()
+
+
+def _key_value(name: str, value: Any, digits: int) -> str:
+    if name.endswith("_ms"):
+        return f"{name[:-3]}:{value:.2f}ms" if name == "step_avg_ms" else f"{name[:-3]}:{value:.0f}ms"
+    if name.endswith("_s"):
+        return f"{name[:-2]}:{value:.1f}s"
+    if isinstance(value, float):
+        return f"{name}:{value:.{digits}f}"
+    return f"{name}:{value}"
+
+
+def code_paths() -> list[Path]:
+    """The files that count as code."""
+    return [CODE_DIR / name for name in CODE_FILES if (CODE_DIR / name).exists()]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Data: shards on disk, batches for training, the validation stream with its byte counts.
+# ----------------------------------------------------------------------------------------------------------
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-map the uint16 tokens of one shard, shape (tokens,). Raises DataError naming the file."""
+    advice = "make it again with data/prepare.py or data/fetch_fineweb.py"
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        found = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
+        raise DataError(f"{path} is no token shard ({found}; expected magic {SHARD_MAGIC}, version 1); {advice}")
+    count = int(header[2])
+    if size != SHARD_HEADER_BYTES + 2 * count:
+        raise DataError(f"{path} is damaged: {count} tokens promised, {size} bytes found; {advice}")
+    if count == 0:
+        return np.zeros(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+def find_shards(folder: str, split: str) -> list[Path]:
+    """Shards `*_{split}_*.bin` of a data folder, sorted. Raises DataError when there are none."""
+    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise DataError(
+            f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; "
+            "run data/fetch_fineweb.py, or data/prepare.py on your own text"
+        )
+    return paths
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> None:
+    """Raise DataError when a token id has no embedding row."""
+    largest = int(tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise DataError(
+            f"{source} holds token id {largest}, but VOCAB_SIZE={vocab_size}; use the tokenizer it was made with"
+        )
+
+
+class TokenStream:
+    """All shards of a split as one endless sequence of tokens; a read past the end begins again."""
+
+    CHECKED_AT_OPEN = 1_000_000  # tokens a shard; every batch is checked again when it is read
+
+    def __init__(self, paths: Sequence[Path], vocab_size: int):
+        self.paths, self.vocab_size = list(paths), vocab_size
+        self.shards = [read_shard(path) for path in paths]
+        for path, shard in zip(self.paths, self.shards):
+            check_vocabulary(shard[: self.CHECKED_AT_OPEN], vocab_size, path)
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start … start+count-1 (positions modulo the length), uint16, shape (count,)."""
+        out = np.empty(count, dtype=np.uint16)
+        filled = 0
+        while filled < count:
+            position = (start + filled) % len(self)
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            offset = position - (int(self.ends[index]) - len(self.shards[index]))
+            piece = self.shards[index][offset : offset + count - filled]
+            check_vocabulary(piece, self.vocab_size, self.paths[index])
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return out
+
+
+class BatchPlan(NamedTuple):
+    """How one global batch is cut: sequences on a rank, in how many equal micro-batches."""
+
+    rank_seqs: int
+    grad_accum_steps: int
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> BatchPlan:
+        """The fewest equal micro-batches within MICRO_BATCH_TOKENS. Raises ConfigError when nothing divides."""
+        seqs = config.train_batch_tokens // config.train_seq_len
+        if seqs % world_size:
+            below = seqs // world_size * world_size * config.train_seq_len
+            raise ConfigError(
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {seqs} sequences and cannot be shared by "
+                f"{world_size} ranks; use {max(below, world_size * config.train_seq_len)}"
+            )
+        rank_seqs = seqs // world_size
+        largest = max(1, config.micro_batch_tokens // config.train_seq_len)
+        steps = next(n for n in range(1, rank_seqs + 1) if rank_seqs % n == 0 and rank_seqs // n <= largest)
+        return cls(rank_seqs, steps)
+
+
+class TokenLoader:
+    """This rank's micro-batches of any step; the next step's are read ahead by a thread into pinned memory.
+
+    A batch is a function of its step alone, so every world size sees the same global batch, and a run
+    resumes by naming the step.
+    """
+
+    def __init__(self, stream: TokenStream, config: Config, runtime: Runtime):
+        self.stream, self.runtime, self.seq_len = stream, runtime, config.train_seq_len
+        self.plan = BatchPlan.of(config, runtime.world_size)
+        self.batch_tokens = config.train_batch_tokens
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.ahead: tuple[int, Future[Tensor]] | None = None
+
+    def _read(self, step: int) -> Tensor:
+        rank_tokens = self.plan.rank_seqs * self.seq_len
+        start = step * self.batch_tokens + self.runtime.rank * rank_tokens
+        tokens = torch.from_numpy(self.stream.read(start, rank_tokens + 1))
+        return tokens.pin_memory() if self.runtime.device.type == "cuda" else tokens
+
+    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """(ids, targets) of each micro-batch, int64, shape (sequences, train_seq_len)."""
+        if self.ahead is not None and self.ahead[0] == step:
+            tokens = self.ahead[1].result()
+        else:
+            tokens = self._read(step)
+        self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
+        tokens = tokens.to(self.runtime.device, non_blocking=True).to(torch.int64)
+        ids = tokens[:-1].view(self.plan.grad_accum_steps, -1, self.seq_len)
+        targets = tokens[1:].view(self.plan.grad_accum_steps, -1, self.seq_len)
+        return list(zip(ids, targets))
+
+    def close(self) -> None:
+        self.reader.shutdown(wait=True, cancel_futures=True)
+
+
+class Tokenizer:
+    """What scoring needs of a SentencePiece model: how many bytes of text each token stands for."""
+
+    def __init__(self, path: str, vocab_size: int):
+        sentencepiece = require("sentencepiece", "counting the bytes of the validation text")
+        if not Path(path).is_file():
+            advice = "run data/fetch_fineweb.py or data/prepare.py"
+            raise DataError(f"no tokenizer at TOKENIZER_PATH={path}; {advice}")
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"TOKENIZER_PATH={path} is not a readable SentencePiece model") from error
+        if model.vocab_size() != vocab_size:
+            pieces = model.vocab_size()
+            raise ConfigError(f"TOKENIZER_PATH={path} has {pieces} pieces, but VOCAB_SIZE={vocab_size}")
+        self.model = model
+        self.pieces = [model.id_to_piece(i) for i in range(vocab_size)]
+        silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(vocab_size)]
+        texts = [piece.removeprefix("▁").replace("▁", " ") for piece in self.pieces]
+        sizes = [1 if model.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)]
+        self.is_boundary = np.array(silent)
+        self.base_bytes = np.where(self.is_boundary, 0, np.array(sizes)).astype(np.int16)
+        self.has_leading_space = np.array([p.startswith("▁") for p in self.pieces]) & ~self.is_boundary
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 over the pieces."""
+        return hashlib.sha256("\n".join(self.pieces).encode()).hexdigest()[:16]
+
+    def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """UTF-8 bytes of each target after its previous token, int16, same shape as `targets`.
+
+        A leading space counts unless the previous token is a control token, which begins a text.
+        """
+        spaces = self.has_leading_space[targets] & ~self.is_boundary[previous]
+        return self.base_bytes[targets] + spaces.astype(np.int16)
+
+
+class ValidationSet:
+    """The validation split: tokens (N+1,) uint16 and the bytes of each of the N targets."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        paths = find_shards(config.data_path, "val")
+        tokens = np.concatenate([read_shard(path) for path in paths])
+        check_vocabulary(tokens, config.vocab_size, paths[0].parent)
+        if len(tokens) < 2:
+            raise DataError(f"the validation split in {paths[0].parent} is empty: {len(tokens)} tokens of 2")
+        self.partial = 0 < config.val_tokens < len(tokens) - 1
+        self.tokens = tokens[: config.val_tokens + 1] if self.partial else tokens
+        self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
+        if int(self.bytes.sum(dtype=np.int64)) == 0:
+            raise DataError(f"the validation split in {paths[0].parent} holds no text, only control tokens")
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def note(self) -> str:
+        """Put behind every result that does not cover the whole split."""
+        return "partial" if self.partial else ""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. Quantization grid: the one place that knows levels and scales, for QAT and for export alike.
+# ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Grid:
+    """Symmetric integers of `bits` bits with one fp16 scale a row; rows are the last axis, any number of axes."""
+
+    bits: int
+    SMALLEST_SCALE = 2.0**-24  # the least positive fp16: only keeps an all-zero row from dividing by zero
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def scale(self, clip: Tensor) -> Tensor:
+        """fp16 scale for rows clipped at `clip` (…, 1): the clip value lands on level qmax."""
+        return (clip.float() / self.qmax).clamp(self.SMALLEST_SCALE, 65_504.0).half()
+
+    def encode(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Nearest levels (half to even), int8, same shape as `weight`; `scale` has shape (…, 1)."""
+        return torch.round(weight.float() / scale.float()).clamp(-self.qmax, self.qmax).to(torch.int8)
+
+    def decode(self, levels: Tensor, scale: Tensor) -> Tensor:
+        return levels.float() * scale.float()
+
+    def round_trip(self, weight: Tensor) -> Tensor:
+        """decode(encode(weight)) with the whole row inside the clip."""
+        scale = self.scale(weight.detach().abs().amax(dim=-1, keepdim=True))
+        return self.decode(self.encode(weight, scale), scale)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """The weight as the artifact would hold it; the gradient passes straight through (arXiv 1308.3432).
+
+    Not written as w + (q - w).detach(): that sum rounds, and the value would no longer be the decoded one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:  # noqa: ARG004 (autograd's signature)
+        return Grid(bits).round_trip(weight).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore  # noqa: ARG004
+        return grad, None
+
+
+EMBEDDING_GRID = Grid(8)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. Model. State-dict names are those of the earlier submissions, so their checkpoints load.
+# ----------------------------------------------------------------------------------------------------------
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,Dh), k and v (B,T,Hkv,Dh) → (B,T,H,Dh), causal
+RMS_EPS = torch.finfo(torch.float32).eps
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal grouped-query attention by torch's own kernels."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return out.transpose(1, 2)
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same through cuDNN, which wants as many key heads as query heads."""
+    groups = q.size(2) // k.size(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _flash_attention(module_name: str) -> Attention:
+    flash = importlib.import_module(module_name).flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
+def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]:
+    """Name and function of the backend: FlashAttention 3, then 2, then cuDNN, then SDPA, the first that is there.
+
+    Raises ConfigError when the one asked for cannot run here.
+    """
+    if device.type == "cpu":
+        if choice in ("auto", "sdpa"):
+            return "sdpa", sdpa_attention
+        raise ConfigError(f"ATTENTION={choice} needs CUDA, and this run is on the CPU; use sdpa or auto")
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    for name, module in (("fa3", "flash_attn_interface"), ("fa2", "flash_attn")):
+        if choice not in ("auto", name) or (name == "fa3" and not hopper):
+            continue
+        try:
+            return name, _flash_attention(module)
+        except ImportError as error:
+            if choice == name:
+                raise ConfigError(f"ATTENTION={name} needs the package {module!r}: {error}") from error
+    if choice == "fa3":
+        raise ConfigError("ATTENTION=fa3 needs a Hopper GPU; use ATTENTION=auto")
+    if choice == "cudnn" or (choice == "auto" and torch.backends.cudnn.is_available() and hopper):
+        return "cudnn", cudnn_attention
+    return "sdpa", sdpa_attention
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+def rope_tables(config: Config, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (1, T, 1, rotated/2). Beyond ROPE_TRAIN_LEN the base grows (NTK-aware scaling)."""
+    rotated = config.rope_dims or config.head_dim
+    base = config.rope_base
+    if config.rope_train_len and seq_len > config.rope_train_len:
+        base *= (seq_len / config.rope_train_len) ** (rotated / (rotated - 2))
+    exponents = torch.arange(0, rotated, 2, device=like.device, dtype=torch.float32) / rotated
+    angles = torch.outer(torch.arange(seq_len, device=like.device, dtype=torch.float32), base**-exponents)
+    return angles.cos().to(like.dtype)[None, :, None], angles.sin().to(like.dtype)[None, :, None]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2·cos.size(-1) dimensions of each head, pairing first half with second half."""
+    half = cos.size(-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: take from each head's output y (B,T,H,Dh) its projection on that position's value v (B,T,Hkv,Dh)."""
+    B, T, H, Dh = y.shape
+    grouped = y.view(B, T, v.size(2), -1, Dh)
+    direction = F.normalize(v, dim=-1).unsqueeze(3)
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(B, T, H, Dh)
+
+
+class LayerWeights(NamedTuple):
+    """One layer's slices of the banks, in the compute dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class LayerContext(NamedTuple):
+    """What a layer needs besides its input and weights."""
+
+    cos: Tensor
+    sin: Tensor
+    value_embed: Tensor | None
+    attend: Attention
+
+
+class BigramHash(nn.Module):
+    """Embedding of (previous, current) token pairs through a hash into B-1 buckets; bucket B-1 is position 0."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.buckets = config.bigram_vocab_size
+        self.embed = nn.Embedding(self.buckets, config.bigram_dim)
+        self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def bucket(self, ids: Tensor) -> Tensor:
+        """Bucket of every position, same shape as `ids` (B, T)."""
+        narrow = ids.to(torch.int32)
+        mixed = torch.bitwise_xor(36313 * narrow[:, 1:], 27191 * narrow[:, :-1]) % (self.buckets - 1)
+        return F.pad(mixed, (1, 0), value=self.buckets - 1)
+
+
+class SmearGate(nn.Module):
+    """(1-g)·x[i] + g·x[i-1] with a learned gate per channel; nothing is taken across a document's start."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(config.model_dim))
+        self.bos_mask = config.smear_bos_mask
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate.to(x.dtype))
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if self.bos_mask:
+            previous = previous * (ids != BOS_ID).unsqueeze(-1).to(x.dtype)
+        return torch.lerp(x, previous, gate)
+
+
+class ValueEmbedding(nn.Module):
+    """A table shared by VE_LAYERS that adds token identity to the values."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.ve_dim)
+        self.proj = nn.Linear(config.ve_dim, config.kv_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+
+class SelfAttention(nn.Module):
+    """The attention of one layer; its matrices live in the banks."""
+
+    def __init__(self, config: Config, use_xsa: bool):
+        super().__init__()
+        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        self.head_dim, self.use_xsa = config.head_dim, use_xsa
+
+    def forward(self, x: Tensor, weights: LayerWeights, context: LayerContext) -> Tensor:
+        B, T, _ = x.shape
+        q = F.linear(x, weights.q).view(B, T, -1, self.head_dim)
+        k = F.linear(x, weights.k).view(B, T, -1, self.head_dim)
+        v = F.linear(x, weights.v)
+        v = (v if context.value_embed is None else v + context.value_embed).view(B, T, -1, self.head_dim)
+        q = apply_rope(rms_norm(q), context.cos, context.sin) * self.q_gain.to(x.dtype)[:, None]
+        k = apply_rope(rms_norm(k), context.cos, context.sin)
+        y = context.attend(q, k, v)
+        if self.use_xsa:
+            y = remove_own_value(y, v)
+        return F.linear(y.reshape(B, T, -1), weights.out)
+
+
+class Block(nn.Module):
+    """Attention then MLP, each on a normalised input, each with a learned gain per channel."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.attn = SelfAttention(config, use_xsa=layer >= config.num_layers - config.xsa_last_n)
+        self.attn_scale = nn.Parameter(torch.ones(config.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(config.model_dim), torch.zeros(config.model_dim)]))
+        self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+        self.leaky_slope = config.leaky_slope
+
+    def forward(self, x: Tensor, x0: Tensor, weights: LayerWeights, context: LayerContext) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        attended = self.attn(rms_norm(x) * self.norm_scale, weights, context)
+        x = x + self.attn_scale.to(x.dtype) * attended
+        hidden = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, weights.up), self.leaky_slope).square()
+        return x + self.mlp_scale.to(x.dtype) * F.linear(hidden, weights.down)
+
+
+class GPT(nn.Module):
+    """U-net GPT with its matrices in four banks (design: pull requests 1081, 977, 700).
+
+    Banks are (rows of layers, out, in): `qo_bank` Q then output, `kv_bank` K then V, `mlp_up_bank`, `mlp_down_bank`.
+    Master weights are fp32; matrix products run in bf16 on CUDA and fp32 on CPU unless `compute_dtype` is set.
+    """
+
+    def __init__(self, config: Config, attend: Attention = sdpa_attention, initialize: bool = True):
+        super().__init__()
+        L, D = config.num_layers, config.model_dim
+        self.config, self.attend = config, attend
+        self.compute_dtype: torch.dtype | None = None
+        self.num_encoder_layers = L // 2
+        self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
+        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
+        self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, D))
+        self.mlp_up_bank = nn.Parameter(torch.empty(L, config.mlp_dim, D))
+        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, config.mlp_dim))
+        self.tok_emb = nn.Embedding(config.vocab_size, D)
+        self.bigram = BigramHash(config)
+        self.smear = SmearGate(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
+        if config.ve_layers:
+            self.ve_shared = ValueEmbedding(config)
+            self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.mtp_heads = nn.ModuleList(
+            nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.mtp_num_heads)
+        )
+        if initialize:
+            self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Embeddings normal(TIED_EMBED_INIT_STD); Q, K, V, MLP-up and the bigram projection orthogonal; output and
+        down projections, the bigram table, the VE projection and the heads zero. A product of two factors starts
+        with only one of them at zero: with both, neither would ever receive a gradient."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        L = self.config.num_layers
+        for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank):
+            for matrix in bank:
+                nn.init.orthogonal_(matrix, generator=generator)
+        self.qo_bank[L:].zero_()
+        self.mlp_down_bank.zero_()
+        self.tok_emb.weight.normal_(std=self.config.tied_embed_init_std, generator=generator)
+        nn.init.orthogonal_(self.bigram.proj.weight, generator=generator)
+        self.bigram.embed.weight.zero_()
+        if self.config.ve_layers:
+            self.ve_shared.embed.weight.normal_(std=0.01, generator=generator)
+            self.ve_shared.proj.weight.zero_()
+        if not self.config.tie_embeddings:
+            self.lm_head.weight.zero_()
+        for parameter in self.mtp_heads.parameters():
+            parameter.zero_()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        on_cuda = self.tok_emb.weight.is_cuda
+        return self.compute_dtype or (torch.bfloat16 if on_cuda else torch.float32)
+
+    def _weight(self, weight: Tensor, qat_bits: int) -> Tensor:
+        return (FakeQuantize.apply(weight, qat_bits) if qat_bits else weight).to(self.dtype)
+
+    def _layer_weights(self, qat: bool) -> list[LayerWeights]:
+        """Slices by unbind, whose backward writes each bank's gradient once (indexing would add L full banks)."""
+        L, bits = self.config.num_layers, self.config.qat_bits if qat else 0
+        qo, kv = self._weight(self.qo_bank, bits).unbind(), self._weight(self.kv_bank, bits).unbind()
+        up, down = self._weight(self.mlp_up_bank, bits).unbind(), self._weight(self.mlp_down_bank, bits).unbind()
+        return [LayerWeights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i]) for i in range(L)]
+
+    def _embed(self, ids: Tensor, token_table: Tensor, embedding_bits: int) -> Tensor:
+        bigram = F.embedding(self.bigram.bucket(ids), self._weight(self.bigram.embed.weight, embedding_bits))
+        bigram = F.linear(bigram, self.bigram.proj.weight.to(self.dtype)) * self.bigram.scale.to(self.dtype)
+        return self.smear(rms_norm(F.embedding(ids, token_table) + bigram), ids)
+
+    def _value_embeds(self, ids: Tensor, embedding_bits: int) -> dict[int, Tensor]:
+        if not self.config.ve_layers:
+            return {}
+        table = self._weight(self.ve_shared.embed.weight, embedding_bits)
+        shared = F.linear(F.embedding(ids, table), self.ve_shared.proj.weight.to(self.dtype))
+        shared = shared * self.ve_shared.scale.to(self.dtype)
+        scales = zip(self.config.ve_layers, self.ve_layer_scales)
+        return {layer: shared * scale.to(self.dtype) for layer, scale in scales}
+
+    def forward_hidden(self, ids: Tensor, qat: bool = False) -> tuple[Tensor, Tensor]:
+        """The trunk: ids (B, T) → normalised hidden states (B, T, D) and the output matrix (V, D)."""
+        embedding_bits = EMBEDDING_GRID.bits if qat else 0
+        token_table = self._weight(self.tok_emb.weight, embedding_bits)
+        x = x0 = self._embed(ids, token_table, embedding_bits)
+        value_embeds = self._value_embeds(ids, embedding_bits)
+        cos, sin = rope_tables(self.config, ids.size(1), x)
+        weights = self._layer_weights(qat)
+        skips: list[Tensor] = []
+        skip_weights = self.skip_weights.to(x.dtype).unbind()
+        for layer, block in enumerate(self.blocks):
+            if layer >= self.num_encoder_layers and skips:
+                x = x + skip_weights[layer - self.num_encoder_layers] * skips.pop()
+            x = block(x, x0, weights[layer], LayerContext(cos, sin, value_embeds.get(layer), self.attend))
+            if layer < self.num_encoder_layers:
+                skips.append(x)
+        if self.config.tie_embeddings:
+            return rms_norm(x), token_table
+        return rms_norm(x), self._weight(self.lm_head.weight, embedding_bits)
+
+    def _softcapped(self, hidden: Tensor, head: Tensor) -> Tensor:
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(F.linear(hidden, head).float() / cap)
+
+    def logits(self, ids: Tensor, qat: bool = False) -> Tensor:
+        """ids (B, T) → softcapped logits (B, T, V), fp32."""
+        return self._softcapped(*self.forward_hidden(ids, qat))
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of targets (B, T) given ids (B, T)."""
+        return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
+
+    def training_losses(self, ids: Tensor, targets: Tensor, qat: bool) -> tuple[Tensor, Tensor]:
+        """(main cross-entropy, mean cross-entropy of the MTP heads), in nats; head k predicts k+1 further ahead."""
+        hidden, head = self.forward_hidden(ids, qat)
+        main = F.cross_entropy(self._softcapped(hidden, head).flatten(0, 1), targets.flatten())
+        further = main.new_zeros(())
+        for k in range(self.config.mtp_num_heads):
+            mtp_head = self.get_parameter(f"mtp_heads.{k}.weight").to(hidden.dtype)
+            logits = self._softcapped(hidden[:, : -k - 1], mtp_head)
+            further = further + F.cross_entropy(logits.flatten(0, 1), targets[:, k + 1 :].flatten())
+        return main, further / max(1, len(self.mtp_heads))
+
+    def token_scores(self, ids: Tensor, targets: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+        """Log-probability of, and entropy before, each of the last `tail` targets: two (B, tail) fp32, in nats.
+
+        Logits exist for the scored tail only.
+        """
+        hidden, head = self.forward_hidden(ids)
+        logp = F.log_softmax(self._softcapped(hidden[:, -tail:], head), dim=-1)
+        chosen = logp.gather(-1, targets[:, -tail:].unsqueeze(-1)).squeeze(-1)
+        return chosen, -(logp.exp() * logp).sum(-1)
+
+    def parameter_roles(self) -> dict[str, str]:
+        """Role of every parameter; optimizer groups and the quantization plan are both made from it."""
+        roles = {
+            **dict.fromkeys(BANK_NAMES, "bank"),
+            "tok_emb.weight": "tied_embedding" if self.config.tie_embeddings else "untied_embedding",
+            "bigram.embed.weight": "table",
+            "ve_shared.embed.weight": "table",
+            "lm_head.weight": "output_head",
+        }
+        roles |= {f"mtp_heads.{k}.weight": "mtp_head" for k in range(self.config.mtp_num_heads)}
+        return {name: roles.get(name, "control") for name, _ in self.named_parameters()}
+
+
+BANK_NAMES = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # largest first
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6. Optimizers: Parallel Muon on the banks, AdamW on the rest, and the schedules.
+# ----------------------------------------------------------------------------------------------------------
+class OptimizerRule(NamedTuple):
+    """How a role is trained: optimizer, and the fields of Config that hold its learning rate and weight decay."""
+
+    optimizer: str
+    lr_field: str
+    wd_field: str
+
+
+OPTIMIZER_TABLE = {
+    "bank": OptimizerRule("muon", "matrix_lr", "muon_wd"),
+    "tied_embedding": OptimizerRule("adamw", "tied_embed_lr", "adam_wd"),
+    "untied_embedding": OptimizerRule("adamw", "embed_lr", "adam_wd"),
+    "table": OptimizerRule("adamw", "tied_embed_lr", "adam_wd"),
+    "output_head": OptimizerRule("adamw", "head_lr", "adam_wd"),
+    "mtp_head": OptimizerRule("adamw", "head_lr", "adam_wd"),
+    "control": OptimizerRule("adamw", "scalar_lr", "adam_wd"),
+}
+
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix (N, rows, cols) towards 1, in the input's dtype.
+
+    Quintic iteration of Muon (Keller Jordan, 2024), coefficients 3.4445, −4.7750, 2.0315.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.size(-2) > matrices.size(-1)
+    X = matrices.mT if tall else matrices
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.mT if tall else X
+
+
+class BankShard:
+    """One bank's storage, padded to the world size, and this rank's slice of its gradient and momentum.
+
+    The parameter and its gradient become views of padded buffers, so the collectives need no copies.
+    """
+
+    def __init__(self, parameter: nn.Parameter, runtime: Runtime):
+        rows = parameter.size(0)
+        self.per_rank = -(-rows // runtime.world_size)
+        padded = (self.per_rank * runtime.world_size, *parameter.shape[1:])
+        self.values = parameter.new_zeros(padded)
+        self.values[:rows].copy_(parameter.detach())
+        parameter.data = self.values[:rows]
+        self.grads = torch.zeros_like(self.values)
+        parameter.grad = self.grads[:rows]
+        first = runtime.rank * self.per_rank
+        self.own_values = self.values[first : first + self.per_rank]
+        self.own_grad = torch.zeros_like(self.own_values) if runtime.world_size > 1 else self.grads
+        self.momentum = torch.zeros_like(self.own_values)
+        self.lr_ratio = max(1.0, parameter.size(-2) / parameter.size(-1)) ** 0.5
+
+
+class Muon:
+    """Parallel Muon (pull request 977): each rank owns 1/world_size of every bank's matrices.
+
+    `reduce_gradients` starts the reduce-scatters, largest bank first; `step` updates the owned slices and gathers
+    each bank while the next one is being updated.
+    """
+
+    def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, compiled: bool):
+        self.runtime, self.config = runtime, config
+        self.shards = [BankShard(bank, runtime) for bank in banks]
+        self.newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
+        # bf16 halves the time on CUDA; on a CPU fp32 keeps every world size on the same trajectory.
+        self.dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
+
+    def reduce_gradients(self) -> list[dist.Work | None]:
+        if self.runtime.world_size == 1:
+            return []
+        return [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in self.shards]
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float) -> None:
+        gathers: list[dist.Work | None] = []
+        for shard in self.shards:
+            shard.momentum.mul_(momentum).add_(shard.own_grad)
+            nesterov = shard.own_grad.add(shard.momentum, alpha=momentum)
+            update = self.newton_schulz(nesterov.to(self.dtype), self.config.muon_steps)
+            updated = shard.own_values * (1 - lr * self.config.muon_wd)
+            updated.add_(update.to(updated.dtype), alpha=-lr * shard.lr_ratio)
+            if self.runtime.world_size == 1:
+                shard.own_values.copy_(updated)
+            else:
+                gathers.append(self.runtime.all_gather(shard.values, updated))
+        for work in gathers:
+            if work is not None:
+                work.wait()
+
+
+class Optimizers:
+    """Every parameter in exactly one group: banks under Muon, the rest under AdamW with one flat gradient buffer."""
+
+    def __init__(self, model: GPT, config: Config, runtime: Runtime, compiled: bool = False):
+        self.config, self.runtime = config, runtime
+        parameters = dict(model.named_parameters())
+        roles = model.parameter_roles()
+        banks = [name for name in BANK_NAMES if roles[name] == "bank"]
+        rest = [name for name in parameters if name not in banks]
+        if sorted(banks + rest) != sorted(parameters):
+            raise AssertionError("a parameter has no optimizer, or two")
+        self.muon = Muon([parameters[name] for name in banks], config, runtime, compiled)
+        self.flat_grad = self._flatten_gradients([parameters[name] for name in rest])
+        self.adamw = self._build_adamw({name: parameters[name] for name in rest}, roles)
+
+    def _flatten_gradients(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """One buffer whose views are the gradients: a single all-reduce serves them all."""
+        flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        offset = 0
+        for parameter in parameters:
+            parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+        return flat
+
+    def _build_adamw(self, parameters: Mapping[str, nn.Parameter], roles: Mapping[str, str]) -> torch.optim.AdamW:
+        groups: dict[OptimizerRule, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            groups.setdefault(OPTIMIZER_TABLE[roles[name]], []).append(parameter)
+        rows = []
+        for rule, members in groups.items():
+            lr, wd = getattr(self.config, rule.lr_field), getattr(self.config, rule.wd_field)
+            rows.append(dict(params=members, base_lr=lr, weight_decay=wd))
+        betas, eps = (self.config.beta1, self.config.beta2), self.config.adam_eps
+        return torch.optim.AdamW(rows, lr=0.0, betas=betas, eps=eps, fused=self.flat_grad.is_cuda)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, muon_momentum: float, clip_norm: float) -> Tensor:
+        """Average gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
+
+        The clip needs every gradient first, so AdamW cannot begin while the banks are still being reduced.
+        """
+        pending = self.muon.reduce_gradients()
+        self.runtime.all_reduce_sum(self.flat_grad)
+        for work in pending:
+            if work is not None:
+                work.wait()
+        own = [shard.own_grad for shard in self.muon.shards]
+        bank_square = torch.stack([grad.square().sum() for grad in own]).sum()
+        norm = (self.runtime.all_reduce_sum(bank_square) + self.flat_grad.square().sum()).sqrt()
+        if clip_norm > 0:
+            coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            for grad in (*own, self.flat_grad):
+                grad.mul_(coefficient)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.muon.step(self.config.matrix_lr * lr_scale, muon_momentum)
+        self.adamw.step()
+        return norm
+
+    def zero_grad(self) -> None:
+        self.flat_grad.zero_()
+        for shard in self.muon.shards:
+            shard.grads.zero_()
+
+    def reset(self) -> None:
+        """Forget momentum and moments, as if no step had been taken."""
+        for shard in self.muon.shards:
+            shard.momentum.zero_()
+        self.adamw.state.clear()
+
+
+def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
+    """1, then linear to 0 over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
+    remaining = float(config.iterations - step)
+    if config.max_wallclock_seconds > 0 and step > 0 and elapsed_s > 0:
+        remaining = min(remaining, (config.max_wallclock_seconds - elapsed_s) / (elapsed_s / step))
+    return min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
+
+
+def muon_momentum_at(config: Config, step: int) -> float:
+    fraction = min(step / max(config.muon_momentum_warmup_steps, 1), 1.0)
+    return (1 - fraction) * config.muon_momentum_warmup_start + fraction * config.muon_momentum
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7. Training.
+# ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Controls:
+    """All that may change the training step while a run goes on; the step reads each of them every time."""
+
+    qat: bool
+    mtp_weight: float
+    clip_norm: float
+
+
+class WeightAverage:
+    """EMA with a ramped decay, the mean of snapshots (SWA), or nothing; fp32, without the MTP heads."""
+
+    def __init__(self, model: GPT, config: Config):
+        self.config = config
+        self.count = 0
+        self.sources = [p for name, p in model.named_parameters() if not name.startswith("mtp_heads.")]
+        self.shadow = [p.detach().clone() for p in self.sources] if config.weight_average != "none" else []
+
+    @torch.no_grad()
+    def update(self, step: int, lr_scale: float) -> None:
+        """Take in the weights after step `step` (counted from 1)."""
+        kind = self.config.weight_average
+        if kind == "ema":
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        elif kind == "swa" and lr_scale < self.config.swa_start_scale and step % self.config.swa_every == 0:
+            decay = self.count / (self.count + 1)
+        else:
+            return
+        self.count += 1
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.sources], 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the average into the model, if there is one."""
+        if self.count:
+            torch._foreach_copy_([p.detach() for p in self.sources], self.shadow)
+
+
+class Clock:
+    """Training time: runs while training, stands still while validating."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.total_s, self.started_at = runtime, 0.0, None
+
+    def start(self) -> None:
+        self.runtime.synchronize()
+        self.started_at = time.perf_counter()
+
+    def pause(self) -> None:
+        self.runtime.synchronize()
+        self.total_s = self._now()
+        self.started_at = None
+
+    def _now(self) -> float:
+        return self.total_s + (time.perf_counter() - self.started_at if self.started_at is not None else 0.0)
+
+    def agreed_s(self) -> float:
+        """Rank 0's training time in seconds, the same on every rank."""
+        return self.runtime.from_main(self._now())
+
+
+@dataclass
+class Trainer:
+    """One training run: model, data and optimizers, and what changes from step to step."""
+
+    config: Config
+    runtime: Runtime
+    log: RunLog
+    model: GPT
+    loader: TokenLoader
+    validation: ValidationSet
+    step: int = 0
+    elapsed_s: float = 0.0
+    controls: Controls = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.compiled = wants_compile(config, self.runtime)
+        self.optimizers = Optimizers(self.model, config, self.runtime, self.compiled)
+        self.average = WeightAverage(self.model, config)
+        self.clock = Clock(self.runtime)
+        self.controls = Controls(self.qat_due(1.0), config.mtp_loss_weight, config.grad_clip_norm)
+        losses = self.model.training_losses
+        self.losses = torch.compile(losses, dynamic=False, fullgraph=True) if self.compiled else losses
+        self.train_loss = torch.zeros((), device=self.runtime.device)
+
+    def qat_due(self, lr_scale: float) -> bool:
+        threshold = self.config.late_qat_threshold
+        return self.config.qat_bits > 0 and (lr_scale < threshold or threshold >= 1)
+
+    def train_step(self, step: int, lr_scale: float) -> Tensor:
+        """Forward, backward and update on global batch `step`. Returns the gradient's global norm.
+
+        The losses stay on the device; `train_loss` is this rank's mean main cross-entropy.
+        """
+        self.optimizers.zero_grad()
+        batches = self.loader.batch(step)
+        share = 1.0 / (len(batches) * self.runtime.world_size)
+        mtp_weight = torch.tensor(self.controls.mtp_weight)
+        train_loss = torch.zeros((), device=self.runtime.device)
+        for ids, targets in batches:
+            main, further = self.losses(ids, targets, self.controls.qat)
+            total = main + mtp_weight * further if self.config.mtp_num_heads else main
+            (total * share).backward()
+            train_loss += main.detach() / len(batches)
+        self.train_loss = train_loss
+        momentum = muon_momentum_at(self.config, step)
+        return self.optimizers.step(lr_scale, momentum, self.controls.clip_norm)
+
+    def warm_up(self) -> None:
+        """Run steps with QAT off and on so that every graph is compiled, then restore weights and optimizers."""
+        config = self.config
+        if config.warmup_steps == 0:
+            return
+        began = time.perf_counter()
+        saved = {name: value.clone() for name, value in self.model.state_dict().items()}
+        switch = self.controls.qat
+        for step in range(config.warmup_steps):
+            self.log.progress(step, config.warmup_steps, "warm-up")
+            for self.controls.qat in {False, config.qat_bits > 0}:
+                self.train_step(step, lr_scale=1.0)
+        self.controls.qat = switch
+        self.model.load_state_dict(saved)
+        self.optimizers.reset()
+        self.log.row("warmup", steps=config.warmup_steps, time_s=time.perf_counter() - began)
+
+    def validate(self) -> None:
+        """Score the validation split without overlap and log it; not part of training time."""
+        scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
+        result = summarize(scores, self.validation)
+        self.log.row(
+            f"step:{self.step}/{self.config.iterations}", self.validation.note,
+            **result.headline(), **self._timing(),
+        )  # fmt: skip
+
+    def _timing(self) -> dict[str, Any]:
+        train_time_ms = 1000 * self.elapsed_s
+        return dict(train_time_ms=train_time_ms, step_avg_ms=train_time_ms / max(self.step, 1))
+
+    def log_step(self, grad_norm: Tensor, lr_scale: float) -> None:
+        """Read the losses back and log them: the only host synchronisation of a training step."""
+        train_loss = self.runtime.all_reduce_sum(self.train_loss.clone()).item() / self.runtime.world_size
+        self.log.row(
+            f"step:{self.step}/{self.config.iterations}",
+            train_loss=train_loss, **self._timing(), lr_scale=lr_scale, grad_norm=grad_norm.item(),
+            qat=int(self.controls.qat), mtp_weight=self.controls.mtp_weight,
+        )  # fmt: skip
+
+    def train(self) -> None:
+        """Train until ITERATIONS or the wallclock cap, validating on the way and at the end."""
+        config = self.config
+        self.warm_up()
+        compiles = compile_count()
+        self.clock.start()
+        while True:
+            self.elapsed_s = self.clock.agreed_s()
+            capped = 0 < config.max_wallclock_seconds <= self.elapsed_s
+            last = self.step >= config.iterations or capped
+            due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step > 0
+            if last or due:
+                self.clock.pause()
+                self.validate()
+                self.clock.start()
+            if last:
+                break
+            self.one_step()
+        self.clock.pause()
+        if capped:
+            self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
+        self.log.row("compilations_in_timed_window", count=compile_count() - compiles)
+
+    def one_step(self) -> None:
+        """Decide, train, average, and log when due."""
+        config = self.config
+        lr_scale = lr_scale_at(config, self.step, self.elapsed_s)
+        if not self.controls.qat and self.qat_due(lr_scale):
+            self.controls.qat = True
+            self.log.row("qat_on", step=self.step, lr_scale=lr_scale, bits=config.qat_bits)
+        grad_norm = self.train_step(self.step, lr_scale)
+        self.step += 1
+        self.average.update(self.step, lr_scale)
+        self.log.progress(self.step, config.iterations, f"{self.elapsed_s:.0f}s")
+        if self.step <= 10 or self.step % config.train_log_every == 0:
+            self.elapsed_s = self.clock.agreed_s()
+            self.log_step(grad_norm, lr_scale)
+
+
+def wants_compile(config: Config, runtime: Runtime) -> bool:
+    return runtime.device.type == "cuda" if config.compile is None else config.compile
+
+
+def compile_count() -> int:
+    """Graphs compiled so far in this process."""
+    import torch._dynamo.utils as dynamo_utils  # slow to import, and only needed here
+
+    return dynamo_utils.counters["stats"]["unique_graphs"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8. Artifact: averaged weights → integers and scales → safetensors → one zstd frame; and back, from that file alone.
+# ----------------------------------------------------------------------------------------------------------
+ARTIFACT_FORMAT = 1
+PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, control vectors too
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+MAX_UNPACKED_BYTES = 2**30  # an artifact that claims more is not one of ours
+
+
+def export_plan(model: GPT) -> dict[str, str]:
+    """How each tensor of the artifact is stored: `int5`…`int8`, `fp16` or `fp32`; MTP heads are left out."""
+    bank_bits = model.config.qat_bits or 6
+    plan = {}
+    for name, role in model.parameter_roles().items():
+        size = model.get_parameter(name).numel()
+        if role == "mtp_head":
+            continue
+        if role == "bank":
+            plan[name] = f"int{bank_bits}"
+        elif size > PASSTHROUGH_MAX_ELEMENTS or role in ("tied_embedding", "untied_embedding", "output_head"):
+            plan[name] = f"int{EMBEDDING_GRID.bits}"
+        else:
+            plan[name] = "fp32" if model.get_parameter(name).ndim < 2 else "fp16"
+    return plan
+
+
+def search_scale(weight: Tensor, grid: Grid) -> Tensor:
+    """For each row the fp16 scale whose clip quantile loses the least square error (`lite`). Shape (…, 1)."""
+    ordered = weight.abs().float().sort(dim=-1).values
+    last = ordered.size(-1) - 1
+    best_scale = best_error = None
+    for quantile in CLIP_QUANTILES:
+        low = math.floor(quantile * last)
+        clip = torch.lerp(ordered[..., low], ordered[..., min(low + 1, last)], quantile * last - low).unsqueeze(-1)
+        scale = grid.scale(clip)
+        error = (grid.decode(grid.encode(weight, scale), scale) - weight).square().sum(-1, keepdim=True)
+        if best_scale is None or best_error is None:
+            best_scale, best_error = scale, error
+        else:
+            better = error < best_error
+            best_scale, best_error = torch.where(better, scale, best_scale), torch.minimum(error, best_error)
+    assert best_scale is not None
+    return best_scale
+
+
+def quantize(state: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
+    """The artifact's tensors: `<name>.levels` and `<name>.scale` where the plan says intN, else `<name>`."""
+    tensors: dict[str, Tensor] = {}
+    for name, codec in plan.items():
+        weight = state[name].detach().float().cpu()
+        if codec.startswith("int"):
+            grid = Grid(int(codec.removeprefix("int")))
+            scale = search_scale(weight, grid)
+            tensors[f"{name}.levels"], tensors[f"{name}.scale"] = grid.encode(weight, scale), scale
+        else:
+            tensors[name] = weight.half() if codec == "fp16" else weight
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state dict that `quantize` stored, fp32. Raises KeyError when a tensor is missing."""
+    state = {}
+    for name, codec in plan.items():
+        if codec.startswith("int"):
+            grid = Grid(int(codec.removeprefix("int")))
+            state[name] = grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
+        else:
+            state[name] = tensors[name].float()
+    return state
+
+
+def save_artifact(model: GPT, tokenizer_digest: str, path: Path) -> int:
+    """Quantize, pack and write atomically. Returns the file's bytes."""
+    zstandard = require("zstandard", "packing the artifact")
+    safetensors = require("safetensors.torch", "packing the artifact")
+    plan = export_plan(model)
+    config = dataclasses.replace(model.config, mtp_num_heads=0)
+    metadata = {
+        "format": str(ARTIFACT_FORMAT),
+        "config": config.to_json(),
+        "plan": json.dumps(plan, sort_keys=True),
+        "tokenizer": tokenizer_digest,
+        "code": code_digest(),
+    }
+    payload = safetensors.save(quantize(model.state_dict(), plan), metadata)
+    packed = zstandard.ZstdCompressor(level=22, write_checksum=True, threads=0).compress(payload)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(packed)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        advice = "free space or set OUT_DIR"
+        raise ArtifactError(f"cannot write the artifact {path}: {error.strerror}; {advice}") from error
+    return len(packed)
+
+
+def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple[GPT, Config, dict[str, str]]:
+    """(model on CPU, its config, metadata) from the file alone; nothing is unpickled. Raises ArtifactError."""
+    zstandard = require("zstandard", "reading the artifact")
+    safetensors = require("safetensors.torch", "reading the artifact")
+    advice = "it is truncated, altered or no artifact of this project; train again or fetch it again"
+    try:
+        packed = Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
+    try:
+        if zstandard.get_frame_parameters(packed).content_size > MAX_UNPACKED_BYTES:
+            raise ArtifactError(f"{path} claims more than {MAX_UNPACKED_BYTES} bytes of content; {advice}")
+        payload = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        metadata = header["__metadata__"]
+        tensors = safetensors.load(payload)
+        if metadata["format"] != str(ARTIFACT_FORMAT):
+            raise ArtifactError(f"{path} has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
+        config = Config.from_json(metadata["config"])
+        model = GPT(config, attend, initialize=False)
+        model.load_state_dict(dequantize(tensors, json.loads(metadata["plan"])))
+    except (zstandard.ZstdError, importlib.import_module("safetensors").SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be decoded: {advice}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{path} has unexpected content ({what}): {advice}") from error
+    return model, config, metadata
+
+
+def code_digest() -> str:
+    """First 16 hex digits of the SHA-256 over the code files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in code_paths())).hexdigest()[:16]
+
+
+def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
+    """Log what counts against the limit. Raises ArtifactError, before any evaluation, when it is too much."""
+    code_bytes = sum(path.stat().st_size for path in code_paths())
+    total = code_bytes + artifact_bytes
+    log.row(f"Serialized model {label}: {artifact_bytes} bytes")
+    log.row(f"Code size: {code_bytes} bytes", note=" ".join(path.name for path in code_paths()))
+    log.row(f"Total submission size {label}: {total} bytes", note=f"limit:{SIZE_LIMIT_BYTES}")
+    if total > SIZE_LIMIT_BYTES:
+        raise ArtifactError(
+            f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; "
+            "use fewer layers, a smaller MLP_MULT or BIGRAM_VOCAB_SIZE, or fewer QAT_BITS"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9. Scoring: windows over the validation stream, every target once, one stream of token scores.
+# ----------------------------------------------------------------------------------------------------------
+class Windows(NamedTuple):
+    """Windows of `length` tokens; window i begins at starts[i] and scores its last tails[i] targets."""
+
+    length: int
+    starts: np.ndarray
+    tails: np.ndarray
+
+
+def plan_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
+    """Full-length windows that together score each of `num_targets` targets exactly once, in order.
+
+    The first window scores all it sees; each further one its last `stride`; the last one is shifted left so that
+    it is full-length too, and scores what is left.
+    """
+    length = min(seq_len, num_targets)
+    ends = np.append(np.arange(length, num_targets, stride), num_targets)
+    return Windows(length, ends - length, np.diff(ends, prepend=0))
+
+
+class TokenScores(NamedTuple):
+    """Per target, in stream order: log-probability and the prediction's entropy, nats, fp32, shape (targets,)."""
+
+    logp: np.ndarray
+    entropy: np.ndarray
+
+
+class Score(NamedTuple):
+    val_loss: float  # nats per token
+    val_bpb: float  # bits per byte
+    tokens: int
+    bytes: int
+
+    def headline(self) -> dict[str, Any]:
+        """What every result line shows."""
+        return dict(val_loss=self.val_loss, val_bpb=self.val_bpb)
+
+
+def summarize(scores: TokenScores, validation: ValidationSet) -> Score:
+    """Σ nll / (ln 2 · Σ bytes), summed in float64."""
+    nll = -float(scores.logp.sum(dtype=np.float64))
+    tokens, total_bytes = len(scores.logp), int(validation.bytes.sum(dtype=np.int64))
+    return Score(nll / tokens, nll / (math.log(2) * total_bytes), tokens, total_bytes)
+
+
+class WindowScorer:
+    """Scores batches of windows with the model as it is now; compiled on CUDA for the common window shape."""
+
+    def __init__(self, model: GPT, config: Config, runtime: Runtime, tokens: np.ndarray):
+        self.model, self.runtime, self.batch_seqs = model, runtime, config.eval_batch_seqs
+        self.tokens = torch.from_numpy(np.ascontiguousarray(tokens).astype(np.int32)).to(runtime.device)
+        compiled = wants_compile(config, runtime)
+        self.compiled = torch.compile(model.token_scores, dynamic=False) if compiled else model.token_scores
+
+    @torch.inference_mode()
+    def score(self, windows: Windows, part: range) -> tuple[Tensor, Tensor]:
+        """logp and entropy of the targets that windows `part` score, in order, on the device."""
+        offsets = torch.arange(windows.length + 1, device=self.tokens.device)
+        columns: list[tuple[Tensor, Tensor]] = []
+        first = part.start
+        while first < part.stop:
+            tail = int(windows.tails[first])
+            stop = first + 1
+            while stop < min(part.stop, first + self.batch_seqs) and windows.tails[stop] == tail:
+                stop += 1
+            starts = torch.from_numpy(windows.starts[first:stop]).to(self.tokens.device)
+            ids = self.tokens[starts[:, None] + offsets].long()
+            full_batch = stop - first == self.batch_seqs
+            forward = self.compiled if full_batch else self.model.token_scores
+            logp, entropy = forward(ids[:, :-1], ids[:, 1:], tail)
+            columns.append((logp.flatten(), entropy.flatten()))
+            first = stop
+        empty = torch.zeros(0, device=self.tokens.device)
+        return torch.cat([empty, *(c[0] for c in columns)]), torch.cat([empty, *(c[1] for c in columns)])
+
+
+def score_stream(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int) -> TokenScores:
+    """The neural scores of the whole validation stream, sharded over ranks, complete on every rank."""
+    seq_len = min(config.eval_seq_len, validation.num_targets)
+    windows = plan_windows(validation.num_targets, seq_len, min(stride, seq_len))
+    shares = [range(len(windows.starts) * r // runtime.world_size, len(windows.starts) * (r + 1) // runtime.world_size)
+              for r in range(runtime.world_size)]  # fmt: skip
+    sizes = [int(windows.tails[share.start : share.stop].sum()) for share in shares]
+    scorer = WindowScorer(model, config, runtime, validation.tokens)
+    logp, entropy = scorer.score(windows, shares[runtime.rank])
+    parts = [runtime.gather_parts(part, sizes).cpu().numpy() for part in (logp, entropy)]
+    return TokenScores(*parts)
+
+
+def evaluate(model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet) -> Score:
+    """Every evaluation stage of the recipe, each with its seconds; returns the last one's score."""
+    label = f"int{model.config.qat_bits or 6}"
+    stages = (("roundtrip", config.eval_seq_len), ("sliding_window", config.eval_stride))
+    result, spent_s = None, 0.0
+    for stage, stride in stages:
+        began = time.perf_counter()
+        result = summarize(score_stream(model, config, runtime, validation, stride), validation)
+        seconds = time.perf_counter() - began
+        spent_s += seconds
+        extra = {"stride": stride} if stage == "sliding_window" else {}
+        fields = result.headline() | extra
+        log.row(f"final_{label}_{stage}", validation.note, **fields, eval_time_ms=1000 * seconds)
+        log.row(f"final_{label}_{stage}_exact", validation.note, **fields)
+    log.row("evaluation", total_s=spent_s, budget_s=STAGE_BUDGET_S)
+    assert result is not None
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10. Main.
+# ----------------------------------------------------------------------------------------------------------
+def train_artifact(
+    config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet
+) -> None:
+    """Train a model, average its weights and write the artifact."""
+    backend, attend = choose_attention(config.attention, runtime.device)
+    stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
+    loader = TokenLoader(stream, config, runtime)
+    model = GPT(config, attend).to(runtime.device)
+    log.row("train_shards", count=len(stream.shards), tokens=len(stream))
+    log.row("model", parameters=sum(p.numel() for p in model.parameters()), attention=backend)
+    log.row("batch", tokens=config.train_batch_tokens, grad_accum_steps=loader.plan.grad_accum_steps)
+    trainer = Trainer(config, runtime, log, model, loader, validation)
+    trainer.train()
+    loader.close()
+    log.line(runtime.peak_memory_line())
+    trainer.average.apply()
+    began = time.perf_counter()
+    result = summarize(score_stream(model, config, runtime, validation, config.eval_seq_len), validation)
+    average = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
+    seconds = time.perf_counter() - began
+    log.row(f"DIAGNOSTIC {average}", validation.note, **result.headline(), eval_time_ms=1000 * seconds)
+    if runtime.is_main:
+        began = time.perf_counter()
+        size = save_artifact(model, tokenizer.digest, config.artifact_path)
+        log.row("quantization", time_s=time.perf_counter() - began, artifact=str(config.artifact_path))
+        log_ledger(log, size, f"int{config.qat_bits or 6}+zstd")
+    runtime.from_main(0.0)  # nobody reads the artifact before it is whole
+
+
+def run(config: Config, runtime: Runtime) -> Score:
+    """The whole job: train (unless EVAL_ONLY), reload the artifact into a fresh model, score it."""
+    log = RunLog(config, runtime)
+    log.line(runtime.describe())
+    log.row("config", **dataclasses.asdict(config))
+    tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
+    validation = ValidationSet(config, tokenizer)
+    total_bytes = int(validation.bytes.sum(dtype=np.int64))
+    log.row("validation", validation.note, targets=validation.num_targets, bytes=total_bytes)
+    log.row("track:fixed_predictor")
+    if not config.eval_only:
+        train_artifact(config, runtime, log, tokenizer, validation)
+    _, attend = choose_attention(config.attention, runtime.device)
+    model, _, metadata = load_artifact(config.artifact_path, attend)
+    if metadata["tokenizer"] != tokenizer.digest:
+        raise ArtifactError(f"{config.artifact_path} needs another tokenizer than {config.tokenizer_path}")
+    result = evaluate(model.to(runtime.device), config, runtime, log, validation)
+    log.row("final_int8_zlib_roundtrip_exact", validation.note, **result.headline())
+    log.close()
+    return result
+
+
+def main() -> int:
+    """Run as the environment says; errors a user can mend end in one line and exit code 2."""
+    try:
+        config = Config.from_env(os.environ)
+        with Runtime(config, os.environ) as runtime:
+            run(config, runtime)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

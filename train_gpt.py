@@ -423,17 +423,18 @@ class RunLog:
         self.text_file.write(text + "\n")
         self.text_file.flush()
 
-    def row(self, event: str, note: str = "", **fields: Any) -> None:
-        """One event: `event key:value …` for people, the same numbers as one JSON object for machines.
+    def row(self, event: str, note: str = "", text: str = "", **fields: Any) -> None:
+        """One event: `event key:value … note` (or `text`) for people, the same numbers as JSON for machines.
 
         Units are in the names: `train_time_ms=1.0` prints as `train_time:1ms`, `…_s` as seconds.
         """
         if not self.active:
             return
         digits = 8 if event.endswith("_exact") else 4
-        parts = [event, *(_key_value(name, value, digits) for name, value in fields.items())]
-        self.line(" ".join(part for part in (*parts, note) if part))
-        self.json_file.write(json.dumps({"event": event, **fields, **({"note": note} if note else {})}) + "\n")
+        parts = [event, *(_key_value(name, value, digits) for name, value in fields.items()), note]
+        self.line(text or " ".join(part for part in parts if part))
+        record = {"event": event, **fields} | ({"note": note} if note else {})
+        self.json_file.write(json.dumps(record) + "\n")
         self.json_file.flush()
 
     def progress(self, done: int, total: int, text: str) -> None:
@@ -593,10 +594,8 @@ class TokenLoader:
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, targets) of each micro-batch, int64, shape (sequences, train_seq_len)."""
-        if self.ahead is not None and self.ahead[0] == step:
-            tokens = self.ahead[1].result()
-        else:
-            tokens = self._read(step)
+        ready = self.ahead is not None and self.ahead[0] == step
+        tokens = self.ahead[1].result() if self.ahead is not None and ready else self._read(step)
         self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
         tokens = tokens.to(self.runtime.device, non_blocking=True).to(torch.int64)
         ids = tokens[:-1].view(self.plan.grad_accum_steps, -1, self.seq_len)
@@ -1370,7 +1369,7 @@ class Trainer:
         switch = self.controls.qat
         for step in range(config.warmup_steps):
             self.log.progress(step, config.warmup_steps, "warm-up")
-            for self.controls.qat in {False, config.qat_bits > 0}:
+            for self.controls.qat in (False, True) if config.qat_bits else (False,):
                 self.train_step(step, lr_scale=1.0)
         self.controls.qat = switch
         self.model.load_state_dict(saved)
@@ -1587,9 +1586,9 @@ def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     """Log what counts against the limit. Raises ArtifactError, before any evaluation, when it is too much."""
     code_bytes = sum(path.stat().st_size for path in code_paths())
     total = code_bytes + artifact_bytes
-    log.row(f"Serialized model {label}: {artifact_bytes} bytes")
-    log.row(f"Code size: {code_bytes} bytes", note=" ".join(path.name for path in code_paths()))
-    log.row(f"Total submission size {label}: {total} bytes", note=f"limit:{SIZE_LIMIT_BYTES}")
+    log.row("artifact_bytes", text=f"Serialized model {label}: {artifact_bytes} bytes", bytes=artifact_bytes)
+    log.row("code_bytes", text=f"Code size: {code_bytes} bytes", bytes=code_bytes, files=[p.name for p in code_paths()])
+    log.row("total_bytes", text=f"Total submission size {label}: {total} bytes", bytes=total, limit=SIZE_LIMIT_BYTES)
     if total > SIZE_LIMIT_BYTES:
         raise ArtifactError(
             f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; "
@@ -1698,8 +1697,8 @@ def evaluate(model: GPT, config: Config, runtime: Runtime, log: RunLog, validati
         result = summarize(score_stream(model, config, runtime, validation, stride), validation)
         seconds = time.perf_counter() - began
         spent_s += seconds
-        extra = {"stride": stride} if stage == "sliding_window" else {}
-        fields = result.headline() | extra
+        extra: dict[str, Any] = {"stride": stride} if stage == "sliding_window" else {}
+        fields: dict[str, Any] = result.headline() | extra
         log.row(f"final_{label}_{stage}", validation.note, **fields, eval_time_ms=1000 * seconds)
         log.row(f"final_{label}_{stage}_exact", validation.note, **fields)
     log.row("evaluation", total_s=spent_s, budget_s=STAGE_BUDGET_S)

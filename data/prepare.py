@@ -133,7 +133,7 @@ class Encoded:
 
 
 def document_digest(text: str) -> bytes:
-    """32 bytes that decide on which side a document falls; texts that differ in whitespace only share them."""
+    """32 bytes that decide on which side a document falls; whitespace makes no difference to them."""
     return hashlib.sha256(SPLIT_SEED + " ".join(text.split()).encode("utf-8")).digest()
 
 
@@ -518,7 +518,7 @@ def check_split(folder: Path, expected: dict[str, Any], tokenizer: Tokenizer) ->
     for shard in (Shard(**entry) for entry in expected["shards"]):
         path = folder / shard.file
         tokens = read_tokens(path)
-        if tokens.size != shard.tokens or hashlib.sha256(memoryview(tokens)).hexdigest() != shard.sha256:
+        if tokens.size != shard.tokens or hashlib.sha256(tokens.data).hexdigest() != shard.sha256:
             raise DataError(f"{path}: content is not what {MANIFEST} lists; prepare the folder again")
         if tokens.max() >= tokenizer.vocab_size:
             raise DataError(

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-STAGING = ".partial"
+STAGING = ".prepare-partial"
 FORMAT = 1
 SPLITS = ("train", "val")
 SPLIT_SEED = b"parameter-golf-split-v1"

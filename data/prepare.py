@@ -1,0 +1,646 @@
+"""Turn text into a tokenizer and token shards that `train_gpt.py` reads.
+
+    python data/prepare.py corpus.jsonl.zst --out runs/corpus --train-tokenizer 1024
+    python data/prepare.py train.parquet --val val.jsonl --tokenizer english.model --out runs/english
+    python data/prepare.py --check runs/corpus
+
+The folder then holds `tokenizer.model`, `{name}_train_000000.bin` …, `{name}_val_000000.bin` … and
+`manifest.json`, which is written last: a folder without it is not complete. The result depends on the input
+and the settings alone, not on the number of worker processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import heapq
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from documents import find_files, read_documents
+from shards import (
+    MAX_TOKEN,
+    TOKEN_DTYPE,
+    ArgumentParser,
+    DataError,
+    Shard,
+    ShardWriter,
+    atomic_file,
+    read_tokens,
+    run_command,
+)
+from tokenizer import Tokenizer, train_tokenizer
+from tqdm import tqdm
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+STAGING = ".prepare-partial"
+FORMAT = 1
+SPLITS = ("train", "val")
+SPLIT_SEED = b"parameter-golf-split-v1"
+DEFAULT_PIECES = 1024
+DEFAULT_VAL_FRACTION = 0.02
+SHARD_TOKENS = 100_000_000
+SAMPLE_BYTES = 30_000_000
+SAMPLE_BLOCK_CHARS = 1 << 16
+BATCH_CHARS = 1 << 20
+BATCHES_AHEAD = 3
+CHECK_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to prepare. `tokenizer` wins over `train_pieces`; `val` wins over `val_fraction`.
+
+    `inputs` and `val` are files or folders, `shard_tokens` the length of a full shard, `text_field` the JSON
+    field or Parquet column, `name` the start of every shard's file name.
+    """
+
+    inputs: Sequence[Path]
+    out: Path
+    val: Sequence[Path] = ()
+    tokenizer: Path | None = None
+    train_pieces: int = DEFAULT_PIECES
+    val_fraction: float = DEFAULT_VAL_FRACTION
+    shard_tokens: int = SHARD_TOKENS
+    text_field: str = "text"
+    workers: int = 1
+    name: str = "text"
+    overwrite: bool = False
+
+    def validate(self) -> None:
+        """Raises DataError naming the first value that cannot be used."""
+        if not self.inputs:
+            raise DataError("no input given; name at least one file or folder of text")
+        if not self.val and not 0 < self.val_fraction < 1:
+            raise DataError(f"--val-fraction {self.val_fraction:g} is not between 0 and 1; use 0.02, say")
+        if not 1 <= self.shard_tokens < 2**31:  # the header's count is an int32
+            raise DataError(f"--shard-tokens {self.shard_tokens} is not between 1 and {2**31 - 1}")
+        if self.workers < 1:
+            raise DataError(f"--workers {self.workers} is too few; at least 1 is needed")
+        if not 1 <= self.train_pieces <= MAX_TOKEN:
+            raise DataError(f"--train-tokenizer {self.train_pieces} is not between 1 and {MAX_TOKEN}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise DataError(f"--name {self.name!r}: use letters, digits, dots, dashes and underscores only")
+        if any(f"_{split}_" in f"{self.name}_" for split in SPLITS):
+            raise DataError(f"--name {self.name!r} reads like a split of its own; leave out _train and _val")
+
+
+@dataclass
+class Counts:
+    """What one split holds; bytes are UTF-8.
+
+    `text_bytes` is the size of the normalised text, `target_bytes` what the scorer's byte rule gives for the
+    tokens. They are equal unless the tokenizer is lossy (then `unknown_tokens` is mostly not 0).
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    target_bytes: int = 0
+    unknown_tokens: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add another part of the same split."""
+        for name, value in dataclasses.asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Encoded:
+    """The part of one batch that belongs to one split: tokens (T,) and their counts."""
+
+    tokens: np.ndarray
+    counts: Counts
+    empty_documents: int
+
+
+def document_digest(text: str) -> bytes:
+    """32 bytes that decide on which side a document falls; whitespace makes no difference to them."""
+    return hashlib.sha256(SPLIT_SEED + " ".join(text.split()).encode("utf-8")).digest()
+
+
+def falls_into_val(digest: bytes, val_fraction: float) -> bool:
+    """Whether the document with this digest is one of the `val_fraction` for validation."""
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+
+
+@dataclass
+class DocumentStream:
+    """All documents with their split, in a fixed order; documents without any text are left out.
+
+    With explicit validation files those come first, so that training documents which also occur there can be
+    dropped; otherwise copies of a document share a digest and so a side.
+    """
+
+    settings: Settings
+    train_files: list[Path]
+    val_files: list[Path]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, settings: Settings) -> DocumentStream:
+        """Find the files. Raises DataError if a path is missing or holds nothing to read."""
+        return cls(settings, find_files(settings.inputs), find_files(settings.val))
+
+    def read(self, label: str) -> Generator[tuple[str, str, bytes]]:
+        """(split, text, digest) of every document, with a progress bar on a terminal."""
+        self.dropped = {"empty_documents": 0, "train_documents_also_in_val": 0}
+        val_digests: set[bytes] = set()
+        total_bytes = sum(path.stat().st_size for path in [*self.val_files, *self.train_files])
+        with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+            for text, digest in self._documents(self.val_files, bar.update):
+                val_digests.add(digest)
+                yield "val", text, digest
+            for text, digest in self._documents(self.train_files, bar.update):
+                if digest in val_digests:
+                    self.dropped["train_documents_also_in_val"] += 1
+                elif not self.val_files and falls_into_val(digest, self.settings.val_fraction):
+                    yield "val", text, digest
+                else:
+                    yield "train", text, digest
+
+    def _documents(self, files: list[Path], on_bytes: Callable[[int], Any]) -> Iterator[tuple[str, bytes]]:
+        for path in files:
+            for text in read_documents(path, self.settings.text_field, on_bytes):
+                if text and not text.isspace():
+                    yield text, document_digest(text)
+                else:
+                    self.dropped["empty_documents"] += 1
+
+
+def sample_texts(documents: Iterable[tuple[str, bytes]], limit_bytes: int = SAMPLE_BYTES) -> list[str]:
+    """Blocks of text, at most `limit_bytes` of UTF-8 in all, chosen by hash out of (text, digest) documents.
+
+    The choice depends on the set of documents alone, not on their order. One block is kept in any case.
+    """
+    kept: list[tuple[int, str, int]] = []  # a heap whose first block is the next to give up
+    kept_bytes = 0
+    for text, digest in documents:
+        for start in range(0, len(text), SAMPLE_BLOCK_CHARS):
+            block = text[start : start + SAMPLE_BLOCK_CHARS]
+            key = hashlib.sha256(digest + start.to_bytes(8, "big")).digest()
+            size_bytes = len(block.encode("utf-8"))
+            heapq.heappush(kept, (-int.from_bytes(key, "big"), block, size_bytes))
+            kept_bytes += size_bytes
+            while kept_bytes > limit_bytes and len(kept) > 1:
+                kept_bytes -= heapq.heappop(kept)[2]
+    return [block for _, block, _ in sorted(kept)]
+
+
+def choose_tokenizer(settings: Settings, stream: DocumentStream) -> Tokenizer:
+    """The given tokenizer, or one trained on the training split. Raises DataError if neither is possible."""
+    if settings.tokenizer is not None:
+        return Tokenizer.load(settings.tokenizer)
+    documents = stream.read("sampling for the tokenizer")
+    with contextlib.closing(documents):
+        texts = sample_texts((text, digest) for split, text, digest in documents if split == "train")
+    if not texts:
+        raise DataError(missing_split_message(settings, "train"))
+    tokenizer = train_tokenizer(texts, settings.train_pieces)
+    if tokenizer.vocab_size < settings.train_pieces:
+        print(
+            f"note: the text gives a tokenizer of {tokenizer.vocab_size} pieces only, "
+            f"not {settings.train_pieces}; set VOCAB_SIZE={tokenizer.vocab_size} when training",
+            file=sys.stderr,
+        )
+    return tokenizer
+
+
+Batch = list[tuple[str, str]]
+
+
+def make_batches(documents: Iterable[tuple[str, str, bytes]]) -> Iterator[Batch]:
+    """Group (split, text) into batches of about `BATCH_CHARS`, enough work to outweigh sending it."""
+    batch: Batch = []
+    chars = 0
+    for split, text, _ in documents:
+        batch.append((split, text))
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
+    """Tokens of a batch by split, each document with BOS before it."""
+    encoded: dict[str, Encoded] = {}
+    for split in SPLITS:
+        texts = [text for of_split, text in batch if of_split == split]
+        documents = [(text, tokenizer.encode(text)) for text in texts]
+        kept = [(text, tokens) for text, tokens in documents if tokens.size > 1]
+        if not documents:
+            continue
+        tokens = np.concatenate([tokens for _, tokens in kept]) if kept else tokenizer.encode("")[:0]
+        counts = Counts(
+            documents=len(kept),
+            tokens=tokens.size,
+            text_bytes=sum(len(tokenizer.normalize(text).encode("utf-8")) for text, _ in kept),
+            target_bytes=tokenizer.count_target_bytes(tokens),
+            unknown_tokens=tokenizer.count_unknown(tokens),
+        )
+        encoded[split] = Encoded(tokens, counts, len(documents) - len(kept))
+    return encoded
+
+
+_worker_tokenizer: Tokenizer | None = None
+
+
+def _start_worker(model: bytes) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = Tokenizer(model)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
+    parent = multiprocessing.parent_process()
+
+    def leave_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _encode_in_worker(batch: Batch) -> dict[str, Encoded]:
+    assert _worker_tokenizer is not None
+    return encode_batch(_worker_tokenizer, batch)
+
+
+def encode_batches(
+    tokenizer: Tokenizer, batches: Iterable[Batch], workers: int
+) -> Generator[dict[str, Encoded]]:
+    """Encode batches in order with `workers` processes (1: in this one), a few batches ahead of the consumer.
+
+    Raises DataError if a worker process dies.
+    """
+    if workers == 1:
+        yield from (encode_batch(tokenizer, batch) for batch in batches)
+        return
+    # spawn rather than fork: safe in a process with threads, and the same on every platform
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.model,))
+    pending: deque[Future[dict[str, Encoded]]] = deque()
+    try:
+        for batch in batches:
+            if len(pending) >= BATCHES_AHEAD * workers:
+                yield pending.popleft().result()
+            pending.append(pool.submit(_encode_in_worker, batch))
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, most likely for lack of memory; run again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_splits(
+    settings: Settings, stream: DocumentStream, tokenizer: Tokenizer, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Encode all documents into shards in `folder`; returns counts and shards by split.
+
+    Raises DataError if a split is left without documents.
+    """
+    counts = {split: Counts() for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(ShardWriter(folder, f"{settings.name}_{split}", settings.shard_tokens))
+            for split in SPLITS
+        }
+        documents = stack.enter_context(contextlib.closing(stream.read("encoding")))
+        results = encode_batches(tokenizer, make_batches(documents), settings.workers)
+        for result in stack.enter_context(contextlib.closing(results)):
+            for split, encoded in result.items():
+                writers[split].append(encoded.tokens)
+                counts[split].add(encoded.counts)
+                stream.dropped["empty_documents"] += encoded.empty_documents
+    for split in SPLITS:
+        if counts[split].documents == 0:
+            raise DataError(missing_split_message(settings, split))
+    return {
+        split: {
+            **dataclasses.asdict(counts[split]),
+            "shards": [dataclasses.asdict(shard) for shard in writers[split].shards],
+        }
+        for split in SPLITS
+    }
+
+
+def missing_split_message(settings: Settings, split: str) -> str:
+    """Why a split got no documents and what to do about it."""
+    inputs = ", ".join(map(str, settings.val if split == "val" and settings.val else settings.inputs))
+    if split == "val" and not settings.val:
+        return (
+            f"{inputs}: no document fell into the validation split at --val-fraction "
+            f"{settings.val_fraction:g}; raise it, or name validation files with --val"
+        )
+    if split == "train" and settings.val:
+        return f"{inputs}: no training documents, apart from copies of validation documents; give more text"
+    if split == "train":
+        return f"{inputs}: no documents with text for training; give more text or lower --val-fraction"
+    return f"{inputs}: no documents with text for validation; give other --val files"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Every file of a folder that the training program would take for a shard, sorted by name."""
+    return sorted({path for split in SPLITS for path in folder.glob(f"*_{split}_*.bin")})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder. Raises DataError if it is missing or not a manifest."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        names = {shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
+        known = manifest["format"] == FORMAT and {"name", "tokenizer_hash", "vocab_size"} <= set(manifest)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: no {MANIFEST}: not a complete folder; prepare it again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error!r}); prepare the folder again") from error
+    if not (known and names):
+        raise DataError(f"{path}: not a manifest of format {FORMAT}; prepare the folder again")
+    return manifest
+
+
+def check_file_names(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises DataError unless the shards in the folder are exactly those of its manifest."""
+    listed = {shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
+    present = {path.name for path in shard_files(folder)}
+    if missing := sorted(listed - present):
+        raise DataError(f"{folder / missing[0]}: missing, but {MANIFEST} lists it; prepare the folder again")
+    if foreign := sorted(present - listed):
+        raise DataError(
+            f"{folder / foreign[0]}: not in {MANIFEST}; it would be read along, so move it elsewhere"
+        )
+
+
+def check_output(settings: Settings, tokenizer_hash: str | None) -> None:
+    """Refuse an output folder whose content would be mixed with, or lost to, something else.
+
+    `tokenizer_hash` is None as long as the tokenizer is still to be trained. A complete folder of the same
+    name and tokenizer is fine: it is replaced as a whole. Raises DataError otherwise, unless `overwrite`.
+    """
+    out = settings.out
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file, expected a folder for --out; choose another path")
+    if settings.overwrite:
+        return
+    remedy = "choose another --out, or replace what is there with --overwrite"
+    if not (out / MANIFEST).exists():
+        if shard_files(out) or (out / TOKENIZER).exists():
+            raise DataError(f"{out}: holds data without {MANIFEST}, unfinished or foreign; {remedy}")
+        return
+    try:
+        manifest = read_manifest(out)
+        check_file_names(out, manifest)
+    except DataError as error:
+        raise DataError(f"{error}; or {remedy}") from error
+    if manifest["name"] != settings.name:
+        raise DataError(f"{out}: holds shards named {manifest['name']!r}, not {settings.name!r}; {remedy}")
+    if tokenizer_hash not in (None, manifest["tokenizer_hash"]):
+        raise DataError(
+            f"{out}: holds shards of tokenizer {manifest['tokenizer_hash']}, not {tokenizer_hash}; {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """Folder inside `out` for files in the making, gone afterwards; leftovers of a killed run go first."""
+    staging = out / STAGING
+    existed = out.exists()
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty: the run succeeded
+                out.rmdir()
+
+
+def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Replace the data in `out` by the staged files; the manifest goes first and comes back last."""
+    (out / MANIFEST).unlink(missing_ok=True)
+    for path in shard_files(out):
+        path.unlink()
+    for path in sorted(staging.iterdir()):
+        path.replace(out / path.name)
+    with atomic_file(out / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1).encode("utf-8") + b"\n")
+
+
+def prepare(settings: Settings) -> dict[str, Any]:
+    """Make the tokenizer and the shards of `settings.out`; returns the manifest.
+
+    Nothing in the folder changes until everything is made. Raises DataError for unusable settings, input or
+    output folder, and OSError where the disk refuses.
+    """
+    settings.validate()
+    check_output(settings, None)
+    stream = DocumentStream.open(settings)
+    tokenizer = choose_tokenizer(settings, stream)
+    check_output(settings, tokenizer.hash)
+    with staging_folder(settings.out) as staging:
+        splits = write_splits(settings, stream, tokenizer, staging)
+        with atomic_file(staging / TOKENIZER) as file:
+            file.write(tokenizer.model)
+        manifest = {
+            "format": FORMAT,
+            "name": settings.name,
+            "tokenizer_hash": tokenizer.hash,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "splits": splits,
+            "dropped": stream.dropped,
+            "settings": describe_settings(settings, stream),
+        }
+        publish(staging, settings.out, manifest)
+    return manifest
+
+
+def describe_settings(settings: Settings, stream: DocumentStream) -> dict[str, Any]:
+    """The settings that the result depends on; files by name and size, for folders differ by machine."""
+    return {
+        "inputs": [{"file": path.name, "bytes": path.stat().st_size} for path in stream.train_files],
+        "val": [{"file": path.name, "bytes": path.stat().st_size} for path in stream.val_files],
+        "val_fraction": None if settings.val else settings.val_fraction,
+        "tokenizer": settings.tokenizer.name if settings.tokenizer else None,
+        "train_tokenizer": None if settings.tokenizer else settings.train_pieces,
+        "shard_tokens": settings.shard_tokens,
+        "text_field": settings.text_field,
+    }
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Verify a prepared folder against its manifest: tokenizer, headers, sizes, hashes, token ranges, counts.
+
+    Returns the manifest; raises DataError for the first thing that does not agree.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the --out folder of an earlier run")
+    manifest = read_manifest(folder)
+    check_file_names(folder, manifest)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    if tokenizer.hash != manifest["tokenizer_hash"]:
+        raise DataError(
+            f"{folder / TOKENIZER}: hash {tokenizer.hash}, {MANIFEST} says {manifest['tokenizer_hash']}; "
+            "prepare the folder again"
+        )
+    for split in SPLITS:
+        check_split(folder, manifest["splits"][split], tokenizer)
+    return manifest
+
+
+def check_split(folder: Path, expected: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Verify the shards of one split against its entry in the manifest. Raises DataError."""
+    found = Counts(text_bytes=expected["text_bytes"])  # the text itself is not there to be measured
+    last_token = np.empty(0, dtype=TOKEN_DTYPE)
+    for shard in (Shard(**entry) for entry in expected["shards"]):
+        path = folder / shard.file
+        tokens = read_tokens(path)
+        if tokens.size != shard.tokens or hashlib.sha256(tokens.data).hexdigest() != shard.sha256:
+            raise DataError(f"{path}: content is not what {MANIFEST} lists; prepare the folder again")
+        if tokens.max() >= tokenizer.vocab_size:
+            raise DataError(
+                f"{path}: token {tokens.max()} is beyond the tokenizer's {tokenizer.vocab_size} pieces; "
+                "prepare the folder again"
+            )
+        for start in range(0, tokens.size, CHECK_TOKENS):
+            piece = tokens[start : start + CHECK_TOKENS]
+            # the token before the piece is counted already, but it decides about a space
+            joined = np.concatenate((last_token, piece))
+            found.target_bytes += tokenizer.count_target_bytes(joined)
+            found.target_bytes -= tokenizer.count_target_bytes(last_token)
+            found.documents += int(np.count_nonzero(piece == tokenizer.bos_id))
+            found.unknown_tokens += tokenizer.count_unknown(piece)
+            last_token = joined[-1:]
+        found.tokens += tokens.size
+    for name, value in dataclasses.asdict(found).items():
+        if value != expected[name]:
+            raise DataError(
+                f"{folder}: shards give {name} {value}, {MANIFEST} says {expected[name]}; "
+                "prepare the folder again"
+            )
+
+
+def describe_split(split: str, counts: dict[str, Any]) -> str:
+    """One line for people about a split."""
+    line = (
+        f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+        f"{counts['text_bytes']:,} bytes of text, {len(counts['shards'])} shard(s)"
+    )
+    if counts["target_bytes"] != counts["text_bytes"]:
+        line += (
+            f"; lossy tokenizer: {counts['unknown_tokens']:,} unknown tokens, "
+            f"{counts['target_bytes']:,} bytes are scored"
+        )
+    return line
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        prog="prepare.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="file or folder of text")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for tokenizer, shards and manifest")
+    parser.add_argument("--check", type=Path, metavar="DIR", help="verify a prepared folder and stop")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument("--val", nargs="+", type=Path, default=(), metavar="INPUT", help="validation text")
+    split.add_argument(
+        "--val-fraction",
+        type=float,
+        default=DEFAULT_VAL_FRACTION,
+        help="share of the documents taken for validation, by hash (default %(default)s)",
+    )
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
+    vocabulary.add_argument(
+        "--train-tokenizer",
+        type=int,
+        default=DEFAULT_PIECES,
+        metavar="N_PIECES",
+        help="train a byte-fallback BPE model on the training split (default %(default)s pieces)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        metavar="N",
+        help="shard length (default %(default)s)",
+    )
+    parser.add_argument("--text-field", default="text", help="JSON field or Parquet column (default: text)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)")
+    parser.add_argument("--name", default="text", help="start of the shards' file names (default: text)")
+    parser.add_argument("--overwrite", action="store_true", help="replace whatever data --out holds")
+    return parser
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(options: Namespace) -> None:
+    """What the command line asks for. Raises as `prepare` and `check`."""
+    if options.check is not None:
+        manifest = check(options.check)
+        pieces = f"{manifest['vocab_size']} pieces"
+        print(f"{options.check}: whole, tokenizer {manifest['tokenizer_hash']} ({pieces})")
+        return
+    if options.out is None:
+        raise DataError("--out is missing; name a folder for the shards")
+    settings = Settings(
+        inputs=options.inputs,
+        out=options.out,
+        val=options.val,
+        tokenizer=options.tokenizer,
+        train_pieces=options.train_tokenizer,
+        val_fraction=options.val_fraction,
+        shard_tokens=options.shard_tokens,
+        text_field=options.text_field,
+        workers=options.workers,
+        name=options.name,
+        overwrite=options.overwrite,
+    )
+    start_s = time.perf_counter()
+    manifest = prepare(settings)
+    elapsed_s = time.perf_counter() - start_s
+    for split in SPLITS:
+        print(describe_split(split, manifest["splits"][split]))
+    megabytes = sum(manifest["splits"][split]["text_bytes"] for split in SPLITS) / 1e6
+    print(
+        f"{settings.out}: tokenizer {manifest['tokenizer_hash']} ({manifest['vocab_size']} pieces), "
+        f"{elapsed_s:.1f} s, {megabytes / elapsed_s / settings.workers:.2f} MB/s a process"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 after an error, with one line on stderr)."""
+    return run_command(lambda: run(build_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

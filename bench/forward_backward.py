@@ -44,7 +44,7 @@ def measure(config: train_gpt.Config, args: argparse.Namespace) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--recipe", default="leaky", choices=sorted(train_gpt.RECIPES))
     parser.add_argument("--seqs", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=512)

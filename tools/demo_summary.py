@@ -67,7 +67,7 @@ def summarize_run(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("run", type=Path, help="the OUT_DIR of a finished run")
     for line in summarize_run(parser.parse_args().run):
         print(line)

@@ -10,6 +10,7 @@ averaged weights → artifact → fresh GPT → token scores → bits per byte. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -22,7 +23,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import kg_data
+import swarm_agents
 
 BOS_ID = 1  # every document begins with it, in the contest's shards and in those of data/prepare.py
 SIZE_LIMIT_BYTES = 16_000_000  # decimal megabytes: code plus artifact
@@ -72,7 +76,7 @@ def require(package: str, purpose: str) -> types.ModuleType:
 class Config:
     """All settings of a run; field `matrix_lr` is read from the variable MATRIX_LR."""
 
-    recipe: str = "leaky"
+    recipe: str = "swarm"
     seed: int = 1337
     run_id: str = ""  # empty: recipe, seed and start time
     out_dir: str = "."  # artifact and logs/ go there
@@ -130,6 +134,12 @@ class Config:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.3  # 0: no clipping
+    swarm_enabled: bool = False
+    swarm_every: int = 800  # steps between votes
+    kg_enabled: bool = False
+    kg_init_scale: float = 0.1  # tok_emb[id] *= 1 + KG_INIT_SCALE · importance
+    kg_weight: float = 0.3  # token weight in the training loss: 1 + KG_WEIGHT · importance, at mean 1
+    kg_path: str = ""  # a file with the 976 characters; empty: the blob in kg_data.py
     weight_average: str = "ema"
     ema_decay: float = 0.997
     swa_every: int = 50
@@ -143,6 +153,20 @@ class Config:
     eval_seq_len: int = 2048
     eval_stride: int = 64
     eval_batch_seqs: int = 32
+    ttt_enabled: bool = False  # score-first test-time training
+    ttt_optimizer: str = "sgd"
+    ttt_lr: float = 0.002
+    ttt_lr_ramp: float = 1.0  # the cosine's factor grows from 1 to this over the first 30 % of the chunks
+    ttt_momentum: float = 0.9
+    ttt_epochs: int = 3
+    ttt_chunk_tokens: int = 32_768
+    ttt_freeze_blocks: int = 2
+    ttt_scope: str = "all"  # last: matrices of unfrozen blocks and every gain and scale, no tables
+    ttt_batch_seqs: int = 32
+    ttt_grad_clip: float = 1.0  # 0: no clipping
+    ttt_byte_weighted: bool = False
+    ttt_temperature: float = 1.0  # of a token predicted with certainty; 1: none
+    polyak_decay: float = 0.0  # 0: score with the trained weights themselves
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -190,6 +214,8 @@ class Config:
         _expect(ve_ok, self, "ve_layers", f"layers from 0 to {self.num_layers - 1}")
         stride_ok = self.eval_stride <= self.eval_seq_len
         _expect(stride_ok, self, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        chunk_ok = self.ttt_chunk_tokens >= self.eval_seq_len  # else a chunk would be trained on before it is scored
+        _expect(chunk_ok, self, "ttt_chunk_tokens", f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
         mtp_ok = self.mtp_num_heads < self.train_seq_len
         _expect(mtp_ok, self, "mtp_num_heads", f"fewer than TRAIN_SEQ_LEN={self.train_seq_len}")
         whole = self.train_batch_tokens % self.train_seq_len == 0
@@ -215,7 +241,8 @@ class Config:
 
 # What a recipe sets beyond the defaults above.
 RECIPES: dict[str, dict[str, Any]] = {
-    "leaky": {},
+    "swarm": dict(mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, ttt_enabled=True),
+    "leaky": dict(ttt_enabled=True),
     "demo": dict(
         data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
         num_layers=4, model_dim=192, num_heads=4, num_kv_heads=2, ve_layers=(2, 3), ve_dim=32, bigram_dim=64,
@@ -236,15 +263,20 @@ FIELD_RANGES: dict[str, tuple[float, float]] = dict(
     warmdown_iters=(0, 10**9), matrix_lr=(0, 10), tied_embed_lr=(0, 10), embed_lr=(0, 10), head_lr=(0, 10),
     scalar_lr=(0, 10), muon_momentum=(0, 0.9999), muon_momentum_warmup_start=(0, 0.9999), muon_steps=(1, 20),
     muon_momentum_warmup_steps=(0, 10**9), muon_wd=(0, 1), adam_wd=(0, 1), beta1=(0, 0.9999), beta2=(0, 0.999999),
-    adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
+    adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6), swarm_every=(1, 10**9), kg_init_scale=(0, 10), kg_weight=(0, 1), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
     swa_start_scale=(0, 1), late_qat_threshold=(0, 1), val_loss_every=(0, 10**9), train_log_every=(1, 10**9),
     val_tokens=(0, 2**40), eval_seq_len=(2, 2**20), eval_stride=(1, 2**20), eval_batch_seqs=(1, 65_536),
+    ttt_lr=(0, 10), ttt_lr_ramp=(0, 100), ttt_momentum=(0, 0.9999), ttt_epochs=(1, 1000), polyak_decay=(0, 0.999999),
+    ttt_chunk_tokens=(1, 2**40), ttt_freeze_blocks=(0, 64), ttt_batch_seqs=(1, 65_536), ttt_grad_clip=(0, 1e6),
+    ttt_temperature=(0.9, 1.05),
 )  # fmt: skip
 FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "attention": ("auto", "fa3", "fa2", "cudnn", "sdpa"),
     "weight_average": ("ema", "swa", "none"),
     "qat_bits": (0, 5, 6, 7, 8),
+    "ttt_optimizer": ("sgd", "adamw"),
+    "ttt_scope": ("all", "last"),
 }
 
 
@@ -343,13 +375,13 @@ class Runtime:
         operation = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         return operation(full, shard, async_op=True)
 
-    def from_main(self, value: float) -> float:
-        """Rank 0's number, on every rank."""
+    def from_main(self, *values: float) -> list[float]:
+        """Rank 0's numbers, on every rank."""
         if self.world_size == 1:
-            return value
-        carrier = torch.tensor([value], dtype=torch.float64)
+            return list(values)
+        carrier = torch.tensor(values, dtype=torch.float64)
         dist.broadcast(carrier, src=0, group=self.control_group)
-        return carrier.item()
+        return carrier.tolist()
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of range(count)."""
@@ -1029,24 +1061,38 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats of targets (B, T) given ids (B, T)."""
         return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
 
-    def training_losses(self, ids: Tensor, targets: Tensor, qat: bool) -> tuple[Tensor, Tensor]:
-        """(main cross-entropy, mean cross-entropy of the MTP heads), in nats; head k predicts k+1 further ahead."""
+    def training_losses(
+        self, ids: Tensor, targets: Tensor, qat: bool, token_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean main cross-entropy, the same with each target's weight, and the mean over MTP heads; in nats.
+
+        `token_weights` (V,) weighs targets by token; None weighs all alike. Head k predicts k+1 further ahead.
+        """
         hidden, head = self.forward_hidden(ids, qat)
-        main = F.cross_entropy(self._softcapped(hidden, head).flatten(0, 1), targets.flatten())
+        flat = targets.flatten()
+        nll = F.cross_entropy(self._softcapped(hidden, head).flatten(0, 1), flat, reduction="none")
+        main = nll.mean()
+        weighted = main if token_weights is None else (nll * token_weights[flat]).mean()
         further = main.new_zeros(())
         for k in range(self.config.mtp_num_heads):
             mtp_head = self.get_parameter(f"mtp_heads.{k}.weight").to(hidden.dtype)
             logits = self._softcapped(hidden[:, : -k - 1], mtp_head)
             further = further + F.cross_entropy(logits.flatten(0, 1), targets[:, k + 1 :].flatten())
-        return main, further / max(1, len(self.mtp_heads))
+        return main, weighted, further / max(1, len(self.mtp_heads))
 
-    def token_scores(self, ids: Tensor, targets: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    def token_scores(
+        self, ids: Tensor, targets: Tensor, tail: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability of, and entropy before, each of the last `tail` targets: two (B, tail) fp32, in nats.
 
-        Logits exist for the scored tail only.
+        Logits exist for the scored tail only. `temperature` is that of a certain prediction; a uniform one has 1.
         """
         hidden, head = self.forward_hidden(ids)
-        logp = F.log_softmax(self._softcapped(hidden[:, -tail:], head), dim=-1)
+        logits = self._softcapped(hidden[:, -tail:], head)
+        logp = F.log_softmax(logits, dim=-1)
+        if temperature != 1.0:
+            certainty = 1 + (logp.exp() * logp).sum(-1, keepdim=True) / math.log(self.config.vocab_size)
+            logp = F.log_softmax(logits / (1 - (1 - temperature) * certainty).clamp(0.9, 1.05), dim=-1)
         chosen = logp.gather(-1, targets[:, -tail:].unsqueeze(-1)).squeeze(-1)
         return chosen, -(logp.exp() * logp).sum(-1)
 
@@ -1163,6 +1209,16 @@ class Muon:
                 work.wait()
 
 
+def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One buffer whose views are the parameters' gradients: a single all-reduce serves them all."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()
+    return flat
+
+
 class Optimizers:
     """Every parameter in exactly one group: banks under Muon, the rest under AdamW with one flat gradient buffer."""
 
@@ -1175,17 +1231,8 @@ class Optimizers:
         if sorted(banks + rest) != sorted(parameters):
             raise AssertionError("a parameter has no optimizer, or two")
         self.muon = Muon([parameters[name] for name in banks], config, runtime, compiled)
-        self.flat_grad = self._flatten_gradients([parameters[name] for name in rest])
+        self.flat_grad = flatten_gradients([parameters[name] for name in rest])
         self.adamw = self._build_adamw({name: parameters[name] for name in rest}, roles)
-
-    def _flatten_gradients(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """One buffer whose views are the gradients: a single all-reduce serves them all."""
-        flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        offset = 0
-        for parameter in parameters:
-            parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-        return flat
 
     def _build_adamw(self, parameters: Mapping[str, nn.Parameter], roles: Mapping[str, str]) -> torch.optim.AdamW:
         groups: dict[OptimizerRule, list[nn.Parameter]] = {}
@@ -1255,8 +1302,15 @@ class Controls:
     """All that may change the training step while a run goes on; the step reads each of them every time."""
 
     qat: bool
-    mtp_weight: float
+    kg_weight: float  # 0 where there is no knowledge graph
+    mtp_weight: float  # 0 where there are no MTP heads
     clip_norm: float
+
+    def apply(self, values: Mapping[str, float]) -> None:
+        """Set controls by name. Raises ValueError for an unknown name or a value out of bounds."""
+        for name, value in values.items():
+            swarm_agents.check_value(name, value)
+            setattr(self, name, bool(value) if name == "qat" else value)
 
 
 class WeightAverage:
@@ -1308,7 +1362,7 @@ class Clock:
 
     def agreed_s(self) -> float:
         """Rank 0's training time in seconds, the same on every rank."""
-        return self.runtime.from_main(self._now())
+        return self.runtime.from_main(self._now())[0]
 
 
 @dataclass
@@ -1321,6 +1375,7 @@ class Trainer:
     model: GPT
     loader: TokenLoader
     validation: ValidationSet
+    importance: Tensor | None = None  # (V,) of the knowledge graph, 0 for tokens outside it
     step: int = 0
     elapsed_s: float = 0.0
     controls: Controls = field(init=False)
@@ -1331,7 +1386,11 @@ class Trainer:
         self.optimizers = Optimizers(self.model, config, self.runtime, self.compiled)
         self.average = WeightAverage(self.model, config)
         self.clock = Clock(self.runtime)
-        self.controls = Controls(self.qat_due(1.0), config.mtp_loss_weight, config.grad_clip_norm)
+        mtp_weight = config.mtp_loss_weight if config.mtp_num_heads else 0.0
+        kg_weight = 0.0 if self.importance is None else config.kg_weight
+        self.controls = Controls(self.qat_due(1.0), kg_weight, mtp_weight, config.grad_clip_norm)
+        self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
+        self.loss_history: list[float] = []
         losses = self.model.training_losses
         self.losses = torch.compile(losses, dynamic=False, fullgraph=True) if self.compiled else losses
         self.train_loss = torch.zeros((), device=self.runtime.device)
@@ -1339,6 +1398,15 @@ class Trainer:
     def qat_due(self, lr_scale: float) -> bool:
         threshold = self.config.late_qat_threshold
         return self.config.qat_bits > 0 and (lr_scale < threshold or threshold >= 1)
+
+    def token_weights(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """1 + kg_weight · importance, divided by its mean over the global batch's targets; (V,) or None."""
+        if self.importance is None:
+            return None
+        total = torch.stack([self.importance[targets].sum() for _, targets in batches]).sum()
+        mean = self.runtime.all_reduce_sum(total) / self.config.train_batch_tokens
+        kg_weight = self.controls.kg_weight
+        return (1 + kg_weight * self.importance) / (1 + kg_weight * mean)
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
         """Forward, backward and update on global batch `step`. Returns the gradient's global norm.
@@ -1348,12 +1416,11 @@ class Trainer:
         self.optimizers.zero_grad()
         batches = self.loader.batch(step)
         share = 1.0 / (len(batches) * self.runtime.world_size)
-        mtp_weight = torch.tensor(self.controls.mtp_weight)
+        token_weights = self.token_weights(batches)
         train_loss = torch.zeros((), device=self.runtime.device)
         for ids, targets in batches:
-            main, further = self.losses(ids, targets, self.controls.qat)
-            total = main + mtp_weight * further if self.config.mtp_num_heads else main
-            (total * share).backward()
+            main, weighted, further = self.losses(ids, targets, self.controls.qat, token_weights)
+            ((weighted + self.controls.mtp_weight * further) * share).backward()
             train_loss += main.detach() / len(batches)
         self.train_loss = train_loss
         momentum = muon_momentum_at(self.config, step)
@@ -1390,13 +1457,34 @@ class Trainer:
         return dict(train_time_ms=train_time_ms, step_avg_ms=train_time_ms / max(self.step, 1))
 
     def log_step(self, grad_norm: Tensor, lr_scale: float) -> None:
-        """Read the losses back and log them: the only host synchronisation of a training step."""
-        train_loss = self.runtime.all_reduce_sum(self.train_loss.clone()).item() / self.runtime.world_size
+        """Read the losses back and log them: with the swarm's votes, a step's only host synchronisation."""
+        controls = dataclasses.asdict(self.controls) | {"qat": int(self.controls.qat)}
         self.log.row(
-            f"step:{self.step}/{self.config.iterations}",
-            train_loss=train_loss, **self._timing(), lr_scale=lr_scale, grad_norm=grad_norm.item(),
-            qat=int(self.controls.qat), mtp_weight=self.controls.mtp_weight,
+            f"step:{self.step}/{self.config.iterations}", train_loss=self.global_train_loss(),
+            **self._timing(), lr_scale=lr_scale, grad_norm=grad_norm.item(), **controls,
         )  # fmt: skip
+
+    def global_train_loss(self) -> float:
+        """The last step's main cross-entropy over all ranks, nats per token."""
+        return self.runtime.all_reduce_sum(self.train_loss.clone()).item() / self.runtime.world_size
+
+    def vote(self, mesh: swarm_agents.VotingMesh, grad_norm: Tensor, lr_scale: float) -> None:
+        """One cycle of the swarm: rank 0 votes on global metrics, every rank applies the outcome."""
+        config, controls = self.config, self.controls
+        self.loss_history.append(self.global_train_loss())
+        metrics = swarm_agents.TrainingMetrics(
+            step=self.step, total_steps=config.iterations, train_loss=self.loss_history[-1],
+            loss_history=tuple(self.loss_history), grad_norm=grad_norm.item(),
+            elapsed_ms=1000 * self.elapsed_s, max_wallclock_ms=1000 * config.max_wallclock_seconds,
+            current_lr_scale=lr_scale, qat_enabled=controls.qat, kg_weight=controls.kg_weight,
+            mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm,
+        )  # fmt: skip
+        before: dict[str, float] = dataclasses.asdict(controls)
+        values = before | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
+        agreed = self.runtime.from_main(*values.values())
+        controls.apply({name: new for (name, old), new in zip(before.items(), agreed) if new != old})
+        for line in mesh.log_lines():
+            self.log.line(line)
 
     def train(self) -> None:
         """Train until ITERATIONS or the wallclock cap, validating on the way and at the end."""
@@ -1420,6 +1508,8 @@ class Trainer:
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
         self.log.row("compilations_in_timed_window", count=compile_count() - compiles)
+        for line in self.swarm.summary() if self.swarm is not None else ():
+            self.log.line(line)
 
     def one_step(self) -> None:
         """Decide, train, average, and log when due."""
@@ -1431,6 +1521,8 @@ class Trainer:
         grad_norm = self.train_step(self.step, lr_scale)
         self.step += 1
         self.average.update(self.step, lr_scale)
+        if self.swarm is not None and self.swarm.due(self.step):
+            self.vote(self.swarm, grad_norm, lr_scale)
         self.log.progress(self.step, config.iterations, f"{self.elapsed_s:.0f}s")
         if self.step <= 10 or self.step % config.train_log_every == 0:
             self.elapsed_s = self.clock.agreed_s()
@@ -1607,14 +1699,16 @@ class Windows(NamedTuple):
     tails: np.ndarray
 
 
-def plan_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
+def plan_windows(num_targets: int, seq_len: int, stride: int, chunk: int = 0) -> Windows:
     """Full-length windows that together score each of `num_targets` targets exactly once, in order.
 
-    The first window scores all it sees; each further one its last `stride`; the last one is shifted left so that
-    it is full-length too, and scores what is left.
+    The first window scores all it sees; each further one its last `stride`, or less where a chunk of `chunk`
+    targets (0: no chunks) ends; the last one is shifted left so that it is full-length too.
     """
     length = min(seq_len, num_targets)
     ends = np.append(np.arange(length, num_targets, stride), num_targets)
+    if chunk:
+        ends = np.union1d(ends, np.arange(-(-length // chunk) * chunk, num_targets, chunk))
     return Windows(length, ends - length, np.diff(ends, prepend=0))
 
 
@@ -1646,69 +1740,209 @@ def summarize(scores: TokenScores, validation: ValidationSet) -> Score:
 class WindowScorer:
     """Scores batches of windows with the model as it is now; compiled on CUDA for the common window shape."""
 
+    temperature = 1.0
+
     def __init__(self, model: GPT, config: Config, runtime: Runtime, tokens: np.ndarray):
         self.model, self.runtime, self.batch_seqs = model, runtime, config.eval_batch_seqs
         self.tokens = torch.from_numpy(np.ascontiguousarray(tokens).astype(np.int32)).to(runtime.device)
         compiled = wants_compile(config, runtime)
         self.compiled = torch.compile(model.token_scores, dynamic=False) if compiled else model.token_scores
 
+    def sequences(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        """ids and targets of the sequences that begin at `starts`, each (len(starts), length), int64."""
+        positions = torch.from_numpy(starts).to(self.tokens.device)[:, None]
+        rows = self.tokens[positions + torch.arange(length + 1, device=self.tokens.device)].long()
+        return rows[:, :-1], rows[:, 1:]
+
     @torch.inference_mode()
     def score(self, windows: Windows, part: range) -> tuple[Tensor, Tensor]:
         """logp and entropy of the targets that windows `part` score, in order, on the device."""
-        offsets = torch.arange(windows.length + 1, device=self.tokens.device)
-        columns: list[tuple[Tensor, Tensor]] = []
+        columns: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, device=self.tokens.device),) * 2]
         first = part.start
         while first < part.stop:
             tail = int(windows.tails[first])
             stop = first + 1
             while stop < min(part.stop, first + self.batch_seqs) and windows.tails[stop] == tail:
                 stop += 1
-            starts = torch.from_numpy(windows.starts[first:stop]).to(self.tokens.device)
-            ids = self.tokens[starts[:, None] + offsets].long()
-            full_batch = stop - first == self.batch_seqs
-            forward = self.compiled if full_batch else self.model.token_scores
-            logp, entropy = forward(ids[:, :-1], ids[:, 1:], tail)
+            forward = self.compiled if stop - first == self.batch_seqs else self.model.token_scores
+            ids, targets = self.sequences(windows.starts[first:stop], windows.length)
+            logp, entropy = forward(ids, targets, tail, self.temperature)
             columns.append((logp.flatten(), entropy.flatten()))
             first = stop
-        empty = torch.zeros(0, device=self.tokens.device)
-        return torch.cat([empty, *(c[0] for c in columns)]), torch.cat([empty, *(c[1] for c in columns)])
+        logps, entropies = zip(*columns)
+        return torch.cat(logps), torch.cat(entropies)
+
+    def score_all(self, windows: Windows, first: int = 0, stop: int | None = None) -> TokenScores:
+        """Scores of windows first … stop-1, sharded over ranks by contiguous parts, complete on every rank."""
+        stop = len(windows.starts) if stop is None else stop
+        world_size, rank = self.runtime.world_size, self.runtime.rank
+        edges = [first + (stop - first) * r // world_size for r in range(world_size + 1)]
+        sizes = [int(windows.tails[low:high].sum()) for low, high in zip(edges, edges[1:])]
+        parts = self.score(windows, range(edges[rank], edges[rank + 1]))
+        return TokenScores(*(self.runtime.gather_parts(part, sizes).cpu().numpy() for part in parts))
 
 
 def score_stream(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int) -> TokenScores:
-    """The neural scores of the whole validation stream, sharded over ranks, complete on every rank."""
-    seq_len = min(config.eval_seq_len, validation.num_targets)
-    windows = plan_windows(validation.num_targets, seq_len, min(stride, seq_len))
-    shares = [range(len(windows.starts) * r // runtime.world_size, len(windows.starts) * (r + 1) // runtime.world_size)
-              for r in range(runtime.world_size)]  # fmt: skip
-    sizes = [int(windows.tails[share.start : share.stop].sum()) for share in shares]
+    """The neural scores of the whole validation stream by a sliding window, complete on every rank."""
+    windows = plan_windows(validation.num_targets, config.eval_seq_len, stride)
+    return WindowScorer(model, config, runtime, validation.tokens).score_all(windows)
+
+
+class TestTimeTrainer:
+    """Trains the model on text that is already scored (pull requests 1081 and 700).
+
+    The first TTT_FREEZE_BLOCKS blocks do not move, their slices of the banks included. Every rank takes a share
+    of each batch and the gradients are summed, so the outcome does not depend on the number of ranks.
+    """
+
+    __test__ = False  # the name is the method's, not a test case's
+
+    def __init__(self, model: GPT, config: Config, runtime: Runtime, validation: ValidationSet):
+        self.model, self.config, self.runtime = model, config, runtime
+        self.bytes = torch.from_numpy(validation.bytes.astype(np.float32)).to(runtime.device)
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        trained = [model.get_parameter(name).requires_grad_() for name in self._trained_names()]
+        self.grads = flatten_gradients(trained)
+        if config.ttt_optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, config.ttt_lr, config.ttt_momentum)
+        else:
+            self.optimizer = torch.optim.AdamW(trained, config.ttt_lr, weight_decay=0.0)
+        self.trained = [p.detach() for p in trained]
+        self.polyak = [p.clone() for p in self.trained] if config.polyak_decay else []
+
+    def _trained_names(self) -> list[str]:
+        """Parameters that move; of the banks only the slices of unfrozen blocks keep their gradient."""
+        frozen = tuple(f"blocks.{layer}." for layer in range(self.config.ttt_freeze_blocks))
+        every = [name for name, role in self.model.parameter_roles().items() if role != "mtp_head"]
+        if self.config.ttt_scope == "last":
+            return [n for n in every if n in BANK_NAMES or self.model.get_parameter(n).ndim < 2 or "resid_mix" in n]
+        return [name for name in every if not name.startswith(frozen)]
+
+    def _zero_frozen_slices(self) -> None:
+        L, count = self.model.config.num_layers, self.config.ttt_freeze_blocks
+        for name in BANK_NAMES:
+            grad = self.model.get_parameter(name).grad
+            assert grad is not None
+            for half in range(grad.size(0) // L):
+                grad[half * L : half * L + count] = 0
+
+    def learning_rate(self, chunk: int, num_chunks: int) -> float:
+        """Cosine over the chunks, times the ramp."""
+        cosine = 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
+        ramp = 1 + (self.config.ttt_lr_ramp - 1) * min(chunk / (0.3 * num_chunks), 1)
+        return self.config.ttt_lr * cosine * ramp
+
+    def train_on(self, scorer: WindowScorer, targets: range, lr: float) -> None:
+        """TTT_EPOCHS passes over the whole sequences in a range of scored targets."""
+        seq_len, batch_seqs = min(self.config.eval_seq_len, len(self.bytes)), self.config.ttt_batch_seqs
+        starts = np.arange(targets.start, targets.stop - seq_len + 1, seq_len)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(self.config.ttt_epochs):
+            for first in range(0, len(starts), batch_seqs):
+                self._step(scorer, starts[first : first + batch_seqs], seq_len)
+
+    def _step(self, scorer: WindowScorer, starts: np.ndarray, seq_len: int) -> None:
+        self.grads.zero_()
+        weights = self.bytes[torch.from_numpy(starts)[:, None] + torch.arange(seq_len)]
+        if not self.config.ttt_byte_weighted:
+            weights = torch.ones_like(weights)
+        share = self.runtime.share(len(starts))
+        if len(share):
+            ids, targets = scorer.sequences(starts[share.start : share.stop], seq_len)
+            logits = self.model.logits(ids).flatten(0, 1)
+            nll = F.cross_entropy(logits, targets.flatten(), reduction="none")
+            ((nll * weights[share.start : share.stop].flatten()).sum() / weights.sum()).backward()
+        self.runtime.all_reduce_sum(self.grads)
+        self._zero_frozen_slices()
+        if self.config.ttt_grad_clip > 0:
+            self.grads.mul_((self.config.ttt_grad_clip / (self.grads.norm() + 1e-6)).clamp(max=1.0))
+        self.optimizer.step()
+        if self.polyak:
+            torch._foreach_lerp_(self.polyak, self.trained, 1 - self.config.polyak_decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model holds the Polyak average, if there is one."""
+        if not self.polyak:
+            yield
+            return
+        current = [p.clone() for p in self.trained]
+        torch._foreach_copy_(self.trained, self.polyak)
+        yield
+        torch._foreach_copy_(self.trained, current)
+
+
+def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet) -> TokenScores:
+    """Legal TTT: score a chunk, then train on it; the last chunk is never trained on. Leaves the model as it was."""
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
     scorer = WindowScorer(model, config, runtime, validation.tokens)
-    logp, entropy = scorer.score(windows, shares[runtime.rank])
-    parts = [runtime.gather_parts(part, sizes).cpu().numpy() for part in (logp, entropy)]
-    return TokenScores(*parts)
+    scorer.temperature = config.ttt_temperature
+    trainer = TestTimeTrainer(model, config, runtime, validation)
+    window_ends = np.cumsum(windows.tails)
+    chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
+    scores: list[TokenScores] = []
+    for chunk, start in enumerate(chunk_starts):
+        stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
+        first, last = np.searchsorted(window_ends, (start, stop), side="right")
+        with trainer.averaged():
+            scores.append(scorer.score_all(windows, int(first), int(last)))
+        if stop < validation.num_targets:
+            trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
+    model.load_state_dict(saved)
+    return TokenScores(*(np.concatenate(column) for column in zip(*scores)))
 
 
 def evaluate(model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet) -> Score:
     """Every evaluation stage of the recipe, each with its seconds; returns the last one's score."""
-    label = f"int{model.config.qat_bits or 6}"
-    stages = (("roundtrip", config.eval_seq_len), ("sliding_window", config.eval_stride))
-    result, spent_s = None, 0.0
-    for stage, stride in stages:
+    sizes = f"final_int{model.config.qat_bits or 6}"
+    arguments = (model, config, runtime, validation)
+    stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
+        (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
+        (f"{sizes}_sliding_window", lambda: score_stream(*arguments, config.eval_stride), {"stride": config.eval_stride}),
+    ]
+    if config.ttt_enabled:
+        fields = {"epochs": config.ttt_epochs, "chunk": config.ttt_chunk_tokens}
+        stages.append(("legal_ttt", lambda: score_then_adapt(*arguments), fields))
+    spent_s, result = 0.0, Score(0.0, 0.0, 0, 0)
+    for name, stage, extra in stages:
         began = time.perf_counter()
-        result = summarize(score_stream(model, config, runtime, validation, stride), validation)
+        result = summarize(stage(), validation)
         seconds = time.perf_counter() - began
         spent_s += seconds
-        extra: dict[str, Any] = {"stride": stride} if stage == "sliding_window" else {}
-        fields: dict[str, Any] = result.headline() | extra
-        log.row(f"final_{label}_{stage}", validation.note, **fields, eval_time_ms=1000 * seconds)
-        log.row(f"final_{label}_{stage}_exact", validation.note, **fields)
+        fields = result.headline() | extra
+        log.row(name, validation.note, **fields, eval_time_ms=1000 * seconds)
+        log.row(f"{name}_exact", validation.note, **fields)
     log.row("evaluation", total_s=spent_s, budget_s=STAGE_BUDGET_S)
-    assert result is not None
     return result
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 10. Main.
 # ----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
+    """Scale the embeddings of important tokens; returns the importance of every token, (V,) in [0, 1].
+
+    The input embedding is normalised right after the lookup, so this acts through the tied output head alone.
+    Raises ConfigError when the blob was made for another tokenizer, or KG_PATH cannot be read.
+    """
+    config = model.config
+    try:
+        blob = Path(config.kg_path).read_text(encoding="ascii").strip() if config.kg_path else kg_data.BLOB
+        entries = kg_data.decode(tokenizer.pieces, blob)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"KG_ENABLED=1, but the knowledge-graph blob cannot be used: {error}") from error
+    importance = torch.zeros(config.vocab_size)
+    importance[list(entries)] = torch.tensor(list(entries.values()))
+    model.tok_emb.weight.mul_(1 + config.kg_init_scale * importance[:, None])
+    log.row("knowledge_graph", tokens=len(entries), init_scale=config.kg_init_scale, weight=config.kg_weight)
+    return importance
+
+
 def train_artifact(
     config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet
 ) -> None:
@@ -1716,11 +1950,15 @@ def train_artifact(
     backend, attend = choose_attention(config.attention, runtime.device)
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
-    model = GPT(config, attend).to(runtime.device)
+    model = GPT(config, attend)
+    importance = seed_embeddings(model, tokenizer, log) if config.kg_enabled else None
+    model.to(runtime.device)
     log.row("train_shards", count=len(stream.shards), tokens=len(stream))
     log.row("model", parameters=sum(p.numel() for p in model.parameters()), attention=backend)
     log.row("batch", tokens=config.train_batch_tokens, grad_accum_steps=loader.plan.grad_accum_steps)
-    trainer = Trainer(config, runtime, log, model, loader, validation)
+    if importance is not None:
+        importance = importance.to(runtime.device)
+    trainer = Trainer(config, runtime, log, model, loader, validation, importance)
     trainer.train()
     loader.close()
     log.line(runtime.peak_memory_line())
@@ -1747,7 +1985,7 @@ def run(config: Config, runtime: Runtime) -> Score:
     validation = ValidationSet(config, tokenizer)
     total_bytes = int(validation.bytes.sum(dtype=np.int64))
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total_bytes)
-    log.row("track:fixed_predictor")
+    log.row("track:adaptive" if config.ttt_enabled else "track:fixed_predictor")
     if not config.eval_only:
         train_artifact(config, runtime, log, tokenizer, validation)
     _, attend = choose_attention(config.attention, runtime.device)

@@ -214,14 +214,7 @@ def choose_tokenizer(settings: Settings, stream: DocumentStream) -> Tokenizer:
         texts = sample_texts((text, digest) for split, text, digest in documents if split == "train")
     if not texts:
         raise DataError(missing_split_message(settings, "train"))
-    tokenizer = train_tokenizer(texts, settings.train_pieces)
-    if tokenizer.vocab_size < settings.train_pieces:
-        print(
-            f"note: the text gives a tokenizer of {tokenizer.vocab_size} pieces only, "
-            f"not {settings.train_pieces}; set VOCAB_SIZE={tokenizer.vocab_size} when training",
-            file=sys.stderr,
-        )
-    return tokenizer
+    return train_tokenizer(texts, settings.train_pieces)
 
 
 Batch = list[tuple[str, str]]
@@ -630,9 +623,12 @@ def run(options: Namespace) -> None:
     elapsed_s = time.perf_counter() - start_s
     for split in SPLITS:
         print(describe_split(split, manifest["splits"][split]))
+    vocab_size = manifest["vocab_size"]
+    if settings.tokenizer is None and vocab_size < settings.train_pieces:
+        print(f"the text gives {vocab_size} pieces only: set VOCAB_SIZE={vocab_size} when training")
     megabytes = sum(manifest["splits"][split]["text_bytes"] for split in SPLITS) / 1e6
     print(
-        f"{settings.out}: tokenizer {manifest['tokenizer_hash']} ({manifest['vocab_size']} pieces), "
+        f"{settings.out}: tokenizer {manifest['tokenizer_hash']} ({vocab_size} pieces), "
         f"{elapsed_s:.1f} s, {megabytes / elapsed_s / settings.workers:.2f} MB/s a process"
     )
 

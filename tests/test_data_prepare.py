@@ -13,6 +13,7 @@ from pathlib import Path
 import documents
 import numpy as np
 import prepare
+import prepared_folder
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -253,7 +254,7 @@ def test_documents_survive_in_order_and_counts_agree(tmp_path: Path, model: Path
         assert counts["text_bytes"] == counts["target_bytes"] == size_bytes
         assert all(shard["tokens"] == 997 for shard in counts["shards"][:-1])
     assert len(manifest["splits"]["train"]["shards"]) > 2
-    assert prepare.check(out) == manifest
+    assert prepared_folder.check(out) == manifest
 
 
 def test_number_of_workers_does_not_matter(
@@ -293,7 +294,7 @@ def test_all_kinds_of_input_give_the_same_documents(tmp_path: Path, model: Path)
     tokenizer = Tokenizer.load(model)
     assert decode_documents(out, "train") == [tokenizer.normalize(text) for text in texts]
     assert decode_documents(out, "val") == ["Validation text."]
-    assert prepare.read_manifest(out)["dropped"]["empty_documents"] == 1
+    assert prepared_folder.read_manifest(out)["dropped"]["empty_documents"] == 1
 
 
 def test_progress_reaches_the_size_of_every_file(tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ def test_a_lossy_tokenizer_is_said_to_be_lossy(
     argv = [corpus, "--out", tmp_path / "out", "--tokenizer", tmp_path / "lossy.model", "--workers", 1]
     assert prepare.main([str(arg) for arg in argv]) == 0
     assert "lossy tokenizer" in capsys.readouterr().out
-    counts = prepare.check(tmp_path / "out")["splits"]["train"]
+    counts = prepared_folder.check(tmp_path / "out")["splits"]["train"]
     assert counts["unknown_tokens"] > 0
     assert counts["target_bytes"] < counts["text_bytes"]
 
@@ -368,6 +369,12 @@ def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\ud800b \\ud83d\\ude42"}\n')
     assert list(documents.read_documents(path)) == ["a\ufffdb 🙂"]
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", '{"text": "x"}'), ("b.txt", "x")):
+        (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+        assert list(documents.read_documents(tmp_path / name)) == ["x"]
 
 
 def test_runs_from_any_folder_and_refuses_without_traceback(
@@ -400,7 +407,7 @@ def test_same_name_and_tokenizer_replace_the_folder_as_a_whole(
     assert sorted(path.name for path in out.iterdir()) == [
         "manifest.json", "text_train_000000.bin", "text_val_000000.bin", "tokenizer.model",
     ]  # fmt: skip
-    prepare.check(out)
+    prepared_folder.check(out)
 
 
 def test_a_failed_run_leaves_the_folder_as_it_was(
@@ -416,6 +423,22 @@ def test_a_failed_run_leaves_the_folder_as_it_was(
         assert_refused(capsys, argv, f"{bad}:301:", "JSON")
     assert folder_bytes(out) == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_half_replaced_is_known_to_be_incomplete(
+    tmp_path: Path, model: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> list[Path]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    out = tmp_path / "out"
+    prepare.prepare(prepare.Settings([corpus], out, tokenizer=model))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_folder, "shard_files", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            prepare.prepare(prepare.Settings([corpus], out, tokenizer=model, overwrite=True))
+    with pytest.raises(DataError, match="not a complete folder"):
+        prepared_folder.check(out)
 
 
 @pytest.mark.parametrize(
@@ -449,17 +472,17 @@ def test_mixed_or_damaged_folders_are_refused(
     assert_refused(capsys, [*argv, *extra], str(out), *words)
     assert folder_bytes(out) == before
     assert prepare.main([*argv, *extra, "--overwrite"]) == 0
-    prepare.check(out)
+    prepared_folder.check(out)
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path, model: Path, corpus: Path) -> None:
-    staging = tmp_path / "out" / prepare.STAGING
+    staging = tmp_path / "out" / prepared_folder.STAGING
     staging.mkdir(parents=True)
     shards.write_shard(staging / "text_train_000000.bin", [1])
     shards.write_shard(staging / "text_train_000009.bin", [1])
     prepare.prepare(prepare.Settings([corpus], tmp_path / "out", tokenizer=model))
     assert not staging.exists()
-    assert len(prepare.shard_files(tmp_path / "out")) == 2
+    assert len(prepared_folder.shard_files(tmp_path / "out")) == 2
 
 
 def flip_last_byte(path: Path) -> None:
@@ -513,7 +536,7 @@ def test_check_refuses_tokens_beyond_the_vocabulary(tmp_path: Path, model: Path,
     manifest["splits"]["val"]["shards"] = [vars(shard) for shard in writer.shards]
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="token 60000 is beyond"):
-        prepare.check(out)
+        prepared_folder.check(out)
 
 
 # --- input that cannot be used ------------------------------------------------------------------------------

@@ -66,12 +66,16 @@ def test_texts_occur_once_and_sources_that_do_not_parse_are_passed_over(tmp_path
     same = '"""The very same explanation, long enough to be kept as a document."""\n'
     write_module(tmp_path, "a.py", same)
     write_module(tmp_path, "b.py", same)
+    write_module(
+        tmp_path, "bb.py", same + 'def own():\n    """And something else, explained here alone."""\n'
+    )
     write_module(tmp_path, "c.py", "def broken(:\n")
     (tmp_path / "d.py").write_bytes(b'"""\xff\xfe"""\0')
     write_module(tmp_path, "e.py", '"""Short."""')
     topics = {"first": "A topic of the language, which is long enough.  \n\n\n\nIts end.\n"}
     assert demo_corpus.make_documents(tmp_path, topics) == [
         "The very same explanation, long enough to be kept as a document.",
+        "own()\nAnd something else, explained here alone.",
         "A topic of the language, which is long enough.\n\nIts end.",
     ]
 

@@ -200,7 +200,7 @@ def test_a_damaged_download_never_takes_its_place(
     good = path.read_bytes()
     spoil(path)
     assert_refused(capsys, place.argv(hub), str(hub), path.name, *words)
-    assert not (place.data_path / path.name).exists()
+    assert not list(place.data_path.rglob(path.name))  # nor stays where the next run would trust it
     path.write_bytes(good)
     assert fetch_fineweb.main(place.argv(hub)) == 0
     place.assert_complete(hub)
@@ -230,6 +230,7 @@ def test_unusable_sources_and_options_are_named(
     spoil(hub)
     assert_refused(capsys, place.argv(hub, *extra), *words)
     assert not list(place.data_path.glob("*.bin"))
+    assert not place.tokenizer_path.exists()
 
 
 def test_a_tokenizer_outside_the_source_is_refused(hub: Path) -> None:

@@ -245,11 +245,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "leaky": dict(ttt_enabled=True),
     "demo": dict(
         data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
-        num_layers=4, model_dim=192, num_heads=4, num_kv_heads=2, ve_layers=(2, 3), ve_dim=32, bigram_dim=64,
-        xsa_last_n=2, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=8192,
-        micro_batch_tokens=8192, iterations=220, warmdown_iters=90, warmup_steps=1, max_wallclock_seconds=100.0,
+        num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1, ve_layers=(2, 3), ve_dim=32, bigram_dim=64,
+        xsa_last_n=2, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=4096,
+        micro_batch_tokens=4096, iterations=300, warmdown_iters=150, warmup_steps=1, max_wallclock_seconds=80.0,
         muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.95,
-        val_loss_every=100, train_log_every=20, val_tokens=40_960, eval_seq_len=256, eval_stride=64,
+        val_loss_every=100, train_log_every=20, eval_seq_len=256, eval_stride=64,
     ),
 }  # fmt: skip
 
@@ -405,10 +405,10 @@ class Runtime:
 
     def describe(self) -> str:
         on_cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if on_cuda else platform.processor() or "CPU"
+        name = torch.cuda.get_device_name(self.device) if on_cuda else cpu_name()
         return (
             f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-            f"world_size:{self.world_size} device:{self.device.type} hardware:{name.strip()} "
+            f"world_size:{self.world_size} device:{self.device.type} hardware:{name} "
             f"threads:{torch.get_num_threads()}"
         )
 
@@ -420,6 +420,16 @@ class Runtime:
 
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return f"peak memory allocated: {kib >> 10} MiB (process, resident)"
+
+
+def cpu_name() -> str:
+    """The processor's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 class RunLog:
@@ -1499,7 +1509,9 @@ class Trainer:
             due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step > 0
             if last or due:
                 self.clock.pause()
+                before = compile_count()
                 self.validate()
+                compiles += compile_count() - before  # validation stands outside the timed window
                 self.clock.start()
             if last:
                 break

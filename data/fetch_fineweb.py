@@ -154,8 +154,8 @@ class Fetcher:
     ) -> None:
         """Make `target` a checked copy of `file`, unless it is whole already.
 
-        `check(path)` raises DataError for a file that is not whole; `check_content(path)` is asked in addition
-        about what was just fetched. A fetched file that fails is deleted. Raises as `Source.fetch`.
+        `check(path)` raises DataError for a file that is not whole; `check_content(path)` is asked about what
+        was just fetched in addition. A fetched file that fails is deleted. Raises as `Source.fetch`.
         """
         if target.exists() and _passes(check, target):
             self.kept += 1

@@ -15,11 +15,9 @@ import contextlib
 import dataclasses
 import hashlib
 import heapq
-import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -35,25 +33,27 @@ from typing import Any
 
 import numpy as np
 from documents import find_files, read_documents
+from prepared_folder import (
+    FORMAT,
+    SPLITS,
+    TOKENIZER,
+    Counts,
+    check,
+    check_output,
+    publish,
+    staging_folder,
+)
 from shards import (
     MAX_TOKEN,
-    TOKEN_DTYPE,
     ArgumentParser,
     DataError,
-    Shard,
     ShardWriter,
     atomic_file,
-    read_tokens,
     run_command,
 )
 from tokenizer import Tokenizer, train_tokenizer
 from tqdm import tqdm
 
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
-STAGING = ".prepare-partial"
-FORMAT = 1
-SPLITS = ("train", "val")
 SPLIT_SEED = b"parameter-golf-split-v1"
 DEFAULT_PIECES = 1024
 DEFAULT_VAL_FRACTION = 0.02
@@ -62,7 +62,6 @@ SAMPLE_BYTES = 30_000_000
 SAMPLE_BLOCK_CHARS = 1 << 16
 BATCH_CHARS = 1 << 20
 BATCHES_AHEAD = 3
-CHECK_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -101,26 +100,6 @@ class Settings:
             raise DataError(f"--name {self.name!r}: use letters, digits, dots, dashes and underscores only")
         if any(f"_{split}_" in f"{self.name}_" for split in SPLITS):
             raise DataError(f"--name {self.name!r} reads like a split of its own; leave out _train and _val")
-
-
-@dataclass
-class Counts:
-    """What one split holds; bytes are UTF-8.
-
-    `text_bytes` is the size of the normalised text, `target_bytes` what the scorer's byte rule gives for the
-    tokens. They are equal unless the tokenizer is lossy (then `unknown_tokens` is mostly not 0).
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    target_bytes: int = 0
-    unknown_tokens: int = 0
-
-    def add(self, other: Counts) -> None:
-        """Add another part of the same split."""
-        for name, value in dataclasses.asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass
@@ -214,14 +193,7 @@ def choose_tokenizer(settings: Settings, stream: DocumentStream) -> Tokenizer:
         texts = sample_texts((text, digest) for split, text, digest in documents if split == "train")
     if not texts:
         raise DataError(missing_split_message(settings, "train"))
-    tokenizer = train_tokenizer(texts, settings.train_pieces)
-    if tokenizer.vocab_size < settings.train_pieces:
-        print(
-            f"note: the text gives a tokenizer of {tokenizer.vocab_size} pieces only, "
-            f"not {settings.train_pieces}; set VOCAB_SIZE={tokenizer.vocab_size} when training",
-            file=sys.stderr,
-        )
-    return tokenizer
+    return train_tokenizer(texts, settings.train_pieces)
 
 
 Batch = list[tuple[str, str]]
@@ -360,95 +332,6 @@ def missing_split_message(settings: Settings, split: str) -> str:
     return f"{inputs}: no documents with text for validation; give other --val files"
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """Every file of a folder that the training program would take for a shard, sorted by name."""
-    return sorted({path for split in SPLITS for path in folder.glob(f"*_{split}_*.bin")})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder. Raises DataError if it is missing or not a manifest."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        names = {shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
-        known = manifest["format"] == FORMAT and {"name", "tokenizer_hash", "vocab_size"} <= set(manifest)
-    except FileNotFoundError as error:
-        raise DataError(f"{folder}: no {MANIFEST}: not a complete folder; prepare it again") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error!r}); prepare the folder again") from error
-    if not (known and names):
-        raise DataError(f"{path}: not a manifest of format {FORMAT}; prepare the folder again")
-    return manifest
-
-
-def check_file_names(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises DataError unless the shards in the folder are exactly those of its manifest."""
-    listed = {shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
-    present = {path.name for path in shard_files(folder)}
-    if missing := sorted(listed - present):
-        raise DataError(f"{folder / missing[0]}: missing, but {MANIFEST} lists it; prepare the folder again")
-    if foreign := sorted(present - listed):
-        raise DataError(
-            f"{folder / foreign[0]}: not in {MANIFEST}; it would be read along, so move it elsewhere"
-        )
-
-
-def check_output(settings: Settings, tokenizer_hash: str | None) -> None:
-    """Refuse an output folder whose content would be mixed with, or lost to, something else.
-
-    `tokenizer_hash` is None as long as the tokenizer is still to be trained. A complete folder of the same
-    name and tokenizer is fine: it is replaced as a whole. Raises DataError otherwise, unless `overwrite`.
-    """
-    out = settings.out
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is a file, expected a folder for --out; choose another path")
-    if settings.overwrite:
-        return
-    remedy = "choose another --out, or replace what is there with --overwrite"
-    if not (out / MANIFEST).exists():
-        if shard_files(out) or (out / TOKENIZER).exists():
-            raise DataError(f"{out}: holds data without {MANIFEST}, unfinished or foreign; {remedy}")
-        return
-    try:
-        manifest = read_manifest(out)
-        check_file_names(out, manifest)
-    except DataError as error:
-        raise DataError(f"{error}; or {remedy}") from error
-    if manifest["name"] != settings.name:
-        raise DataError(f"{out}: holds shards named {manifest['name']!r}, not {settings.name!r}; {remedy}")
-    if tokenizer_hash not in (None, manifest["tokenizer_hash"]):
-        raise DataError(
-            f"{out}: holds shards of tokenizer {manifest['tokenizer_hash']}, not {tokenizer_hash}; {remedy}"
-        )
-
-
-@contextlib.contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """Folder inside `out` for files in the making, gone afterwards; leftovers of a killed run go first."""
-    staging = out / STAGING
-    existed = out.exists()
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed:
-            with contextlib.suppress(OSError):  # not empty: the run succeeded
-                out.rmdir()
-
-
-def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Replace the data in `out` by the staged files; the manifest goes first and comes back last."""
-    (out / MANIFEST).unlink(missing_ok=True)
-    for path in shard_files(out):
-        path.unlink()
-    for path in sorted(staging.iterdir()):
-        path.replace(out / path.name)
-    with atomic_file(out / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode("utf-8") + b"\n")
-
-
 def prepare(settings: Settings) -> dict[str, Any]:
     """Make the tokenizer and the shards of `settings.out`; returns the manifest.
 
@@ -456,10 +339,10 @@ def prepare(settings: Settings) -> dict[str, Any]:
     output folder, and OSError where the disk refuses.
     """
     settings.validate()
-    check_output(settings, None)
+    check_output(settings.out, settings.name, None, settings.overwrite)
     stream = DocumentStream.open(settings)
     tokenizer = choose_tokenizer(settings, stream)
-    check_output(settings, tokenizer.hash)
+    check_output(settings.out, settings.name, tokenizer.hash, settings.overwrite)
     with staging_folder(settings.out) as staging:
         splits = write_splits(settings, stream, tokenizer, staging)
         with atomic_file(staging / TOKENIZER) as file:
@@ -489,58 +372,6 @@ def describe_settings(settings: Settings, stream: DocumentStream) -> dict[str, A
         "shard_tokens": settings.shard_tokens,
         "text_field": settings.text_field,
     }
-
-
-def check(folder: Path) -> dict[str, Any]:
-    """Verify a prepared folder against its manifest: tokenizer, headers, sizes, hashes, token ranges, counts.
-
-    Returns the manifest; raises DataError for the first thing that does not agree.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the --out folder of an earlier run")
-    manifest = read_manifest(folder)
-    check_file_names(folder, manifest)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    if tokenizer.hash != manifest["tokenizer_hash"]:
-        raise DataError(
-            f"{folder / TOKENIZER}: hash {tokenizer.hash}, {MANIFEST} says {manifest['tokenizer_hash']}; "
-            "prepare the folder again"
-        )
-    for split in SPLITS:
-        check_split(folder, manifest["splits"][split], tokenizer)
-    return manifest
-
-
-def check_split(folder: Path, expected: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Verify the shards of one split against its entry in the manifest. Raises DataError."""
-    found = Counts(text_bytes=expected["text_bytes"])  # the text itself is not there to be measured
-    last_token = np.empty(0, dtype=TOKEN_DTYPE)
-    for shard in (Shard(**entry) for entry in expected["shards"]):
-        path = folder / shard.file
-        tokens = read_tokens(path)
-        if tokens.size != shard.tokens or hashlib.sha256(tokens.data).hexdigest() != shard.sha256:
-            raise DataError(f"{path}: content is not what {MANIFEST} lists; prepare the folder again")
-        if tokens.max() >= tokenizer.vocab_size:
-            raise DataError(
-                f"{path}: token {tokens.max()} is beyond the tokenizer's {tokenizer.vocab_size} pieces; "
-                "prepare the folder again"
-            )
-        for start in range(0, tokens.size, CHECK_TOKENS):
-            piece = tokens[start : start + CHECK_TOKENS]
-            # the token before the piece is counted already, but it decides about a space
-            joined = np.concatenate((last_token, piece))
-            found.target_bytes += tokenizer.count_target_bytes(joined)
-            found.target_bytes -= tokenizer.count_target_bytes(last_token)
-            found.documents += int(np.count_nonzero(piece == tokenizer.bos_id))
-            found.unknown_tokens += tokenizer.count_unknown(piece)
-            last_token = joined[-1:]
-        found.tokens += tokens.size
-    for name, value in dataclasses.asdict(found).items():
-        if value != expected[name]:
-            raise DataError(
-                f"{folder}: shards give {name} {value}, {MANIFEST} says {expected[name]}; "
-                "prepare the folder again"
-            )
 
 
 def describe_split(split: str, counts: dict[str, Any]) -> str:
@@ -630,9 +461,12 @@ def run(options: Namespace) -> None:
     elapsed_s = time.perf_counter() - start_s
     for split in SPLITS:
         print(describe_split(split, manifest["splits"][split]))
+    vocab_size = manifest["vocab_size"]
+    if settings.tokenizer is None and vocab_size < settings.train_pieces:
+        print(f"the text gives {vocab_size} pieces only: set VOCAB_SIZE={vocab_size} when training")
     megabytes = sum(manifest["splits"][split]["text_bytes"] for split in SPLITS) / 1e6
     print(
-        f"{settings.out}: tokenizer {manifest['tokenizer_hash']} ({manifest['vocab_size']} pieces), "
+        f"{settings.out}: tokenizer {manifest['tokenizer_hash']} ({vocab_size} pieces), "
         f"{elapsed_s:.1f} s, {megabytes / elapsed_s / settings.workers:.2f} MB/s a process"
     )
 

@@ -245,11 +245,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "leaky": dict(ttt_enabled=True),
     "demo": dict(
         data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
-        num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1, ve_layers=(2, 3), ve_dim=32, bigram_dim=64,
-        xsa_last_n=2, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=4096,
-        micro_batch_tokens=4096, iterations=300, warmdown_iters=150, warmup_steps=1, max_wallclock_seconds=80.0,
+        num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, ve_layers=(2,), ve_dim=32, bigram_dim=64,
+        xsa_last_n=1, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=2048,
+        micro_batch_tokens=2048, iterations=500, warmdown_iters=250, warmup_steps=1, max_wallclock_seconds=80.0,
         muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.95,
-        val_loss_every=100, train_log_every=20, eval_seq_len=256, eval_stride=64,
+        val_loss_every=250, train_log_every=50, eval_seq_len=256, eval_stride=64,
     ),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -23,23 +24,24 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import kg_data
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kg_data
 import swarm_agents
 
 BOS_ID = 1  # every document begins with it, in the contest's shards and in those of data/prepare.py
 SIZE_LIMIT_BYTES = 16_000_000  # decimal megabytes: code plus artifact
+MASS_TOLERANCE = 1e-4  # how far a distribution's sum may be from 1
 STAGE_BUDGET_S = 600.0  # the contest's limit for training, and again for evaluation
 CODE_FILES = ("train_gpt.py", "swarm_agents.py", "kg_data.py")
 CODE_DIR = Path(__file__).resolve().parent
@@ -167,6 +169,17 @@ class Config:
     ttt_byte_weighted: bool = False
     ttt_temperature: float = 1.0  # of a token predicted with certainty; 1: none
     polyak_decay: float = 0.0  # 0: score with the trained weights themselves
+    mixer: str = "none"  # on the stream of token scores; backoff-published and hedge are those of 1094 and 700
+    mixer_eta: float = 0.1
+    ngram_order: int = 10
+    ngram_counts: str = "exact"  # hashed, as published: the result is no probability, and is labelled INVALID
+    ngram_buckets: int = 4_194_304
+    ngram_block: int = 2048  # hashed counts take in this many targets at a time
+    ngram_min_count: int = 1
+    alpha_base: float = 0.20
+    alpha_range: float = 0.55
+    alpha_center: float = 3.0
+    entropy_expert: bool = False  # hedge's published fifth expert, which is no distribution
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -218,6 +231,10 @@ class Config:
         _expect(chunk_ok, self, "ttt_chunk_tokens", f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
         mtp_ok = self.mtp_num_heads < self.train_seq_len
         _expect(mtp_ok, self, "mtp_num_heads", f"fewer than TRAIN_SEQ_LEN={self.train_seq_len}")
+        alpha_ok = self.alpha_base + self.alpha_range <= 1
+        _expect(alpha_ok, self, "alpha_range", f"at most 1 - ALPHA_BASE = {1 - self.alpha_base:g}")
+        power_ok = self.ngram_buckets & (self.ngram_buckets - 1) == 0
+        _expect(power_ok, self, "ngram_buckets", "a power of two")
         whole = self.train_batch_tokens % self.train_seq_len == 0
         _expect(whole, self, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}")
         return self
@@ -241,7 +258,7 @@ class Config:
 
 # What a recipe sets beyond the defaults above.
 RECIPES: dict[str, dict[str, Any]] = {
-    "swarm": dict(mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, ttt_enabled=True),
+    "swarm": dict(mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, ttt_enabled=True, mixer="backoff"),
     "leaky": dict(ttt_enabled=True),
     "demo": dict(
         data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
@@ -263,12 +280,14 @@ FIELD_RANGES: dict[str, tuple[float, float]] = dict(
     warmdown_iters=(0, 10**9), matrix_lr=(0, 10), tied_embed_lr=(0, 10), embed_lr=(0, 10), head_lr=(0, 10),
     scalar_lr=(0, 10), muon_momentum=(0, 0.9999), muon_momentum_warmup_start=(0, 0.9999), muon_steps=(1, 20),
     muon_momentum_warmup_steps=(0, 10**9), muon_wd=(0, 1), adam_wd=(0, 1), beta1=(0, 0.9999), beta2=(0, 0.999999),
-    adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6), swarm_every=(1, 10**9), kg_init_scale=(0, 10), kg_weight=(0, 1), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
+    adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6),
+    swarm_every=(1, 10**9), kg_init_scale=(0, 10), kg_weight=(0, 1), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
     swa_start_scale=(0, 1), late_qat_threshold=(0, 1), val_loss_every=(0, 10**9), train_log_every=(1, 10**9),
     val_tokens=(0, 2**40), eval_seq_len=(2, 2**20), eval_stride=(1, 2**20), eval_batch_seqs=(1, 65_536),
     ttt_lr=(0, 10), ttt_lr_ramp=(0, 100), ttt_momentum=(0, 0.9999), ttt_epochs=(1, 1000), polyak_decay=(0, 0.999999),
     ttt_chunk_tokens=(1, 2**40), ttt_freeze_blocks=(0, 64), ttt_batch_seqs=(1, 65_536), ttt_grad_clip=(0, 1e6),
-    ttt_temperature=(0.9, 1.05),
+    ttt_temperature=(0.9, 1.05), mixer_eta=(0, 100), ngram_order=(2, 20), ngram_buckets=(1, 2**32),
+    ngram_block=(1, 2**40), ngram_min_count=(1, 10**9), alpha_base=(0, 1), alpha_range=(0, 1), alpha_center=(0, 100),
 )  # fmt: skip
 FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
     "device": ("auto", "cpu", "cuda"),
@@ -277,6 +296,8 @@ FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
     "qat_bits": (0, 5, 6, 7, 8),
     "ttt_optimizer": ("sgd", "adamw"),
     "ttt_scope": ("all", "last"),
+    "mixer": ("none", "backoff", "backoff-published", "hedge"),
+    "ngram_counts": ("exact", "hashed"),
 }
 
 
@@ -1092,8 +1113,9 @@ class GPT(nn.Module):
 
     def token_scores(
         self, ids: Tensor, targets: Tensor, tail: int, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability of, and entropy before, each of the last `tail` targets: two (B, tail) fp32, in nats.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For the last `tail` targets their log-probability and the entropy before them, (B, tail) fp32 in nats,
+        and the whole prediction (B, tail, V).
 
         Logits exist for the scored tail only. `temperature` is that of a certain prediction; a uniform one has 1.
         """
@@ -1104,7 +1126,7 @@ class GPT(nn.Module):
             certainty = 1 + (logp.exp() * logp).sum(-1, keepdim=True) / math.log(self.config.vocab_size)
             logp = F.log_softmax(logits / (1 - (1 - temperature) * certainty).clamp(0.9, 1.05), dim=-1)
         chosen = logp.gather(-1, targets[:, -tail:].unsqueeze(-1)).squeeze(-1)
-        return chosen, -(logp.exp() * logp).sum(-1)
+        return chosen, -(logp.exp() * logp).sum(-1), logp
 
     def parameter_roles(self) -> dict[str, str]:
         """Role of every parameter; optimizer groups and the quantization plan are both made from it."""
@@ -1456,7 +1478,7 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation split without overlap and log it; not part of training time."""
         scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
-        result = summarize(scores, self.validation)
+        result = summarize(scores.logp, self.validation)
         self.log.row(
             f"step:{self.step}/{self.config.iterations}", self.validation.note,
             **result.headline(), **self._timing(),
@@ -1468,7 +1490,7 @@ class Trainer:
 
     def log_step(self, grad_norm: Tensor, lr_scale: float) -> None:
         """Read the losses back and log them: with the swarm's votes, a step's only host synchronisation."""
-        controls = dataclasses.asdict(self.controls) | {"qat": int(self.controls.qat)}
+        controls: dict[str, Any] = dataclasses.asdict(self.controls) | {"qat": int(self.controls.qat)}
         self.log.row(
             f"step:{self.step}/{self.config.iterations}", train_loss=self.global_train_loss(),
             **self._timing(), lr_scale=lr_scale, grad_norm=grad_norm.item(), **controls,
@@ -1725,10 +1747,14 @@ def plan_windows(num_targets: int, seq_len: int, stride: int, chunk: int = 0) ->
 
 
 class TokenScores(NamedTuple):
-    """Per target, in stream order: log-probability and the prediction's entropy, nats, fp32, shape (targets,)."""
+    """Per target, in stream order: log-probability and the prediction's entropy, nats, fp32, shape (targets,).
+
+    `sampled` (S, V) holds the whole prediction at the targets `sample_targets`, by which validity is checked.
+    """
 
     logp: np.ndarray
     entropy: np.ndarray
+    sampled: np.ndarray
 
 
 class Score(NamedTuple):
@@ -1736,17 +1762,31 @@ class Score(NamedTuple):
     val_bpb: float  # bits per byte
     tokens: int
     bytes: int
+    valid: bool = True  # false: the probabilities do not sum to 1, and the number is no code length
+
+    @property
+    def note(self) -> str:
+        return "" if self.valid else "INVALID"
 
     def headline(self) -> dict[str, Any]:
         """What every result line shows."""
         return dict(val_loss=self.val_loss, val_bpb=self.val_bpb)
 
 
-def summarize(scores: TokenScores, validation: ValidationSet) -> Score:
-    """Σ nll / (ln 2 · Σ bytes), summed in float64."""
-    nll = -float(scores.logp.sum(dtype=np.float64))
-    tokens, total_bytes = len(scores.logp), int(validation.bytes.sum(dtype=np.int64))
-    return Score(nll / tokens, nll / (math.log(2) * total_bytes), tokens, total_bytes)
+def summarize(logp: np.ndarray, validation: ValidationSet) -> Score:
+    """The score of the targets' log-probabilities (N,) in nats, summed in float64."""
+    return score_of(float(logp.sum(dtype=np.float64)), validation)
+
+
+def score_of(total_logp: float, validation: ValidationSet, valid: bool = True) -> Score:
+    """Bits per byte: Σ nll / (ln 2 · Σ bytes)."""
+    tokens, total_bytes = validation.num_targets, int(validation.bytes.sum(dtype=np.int64))
+    return Score(-total_logp / tokens, -total_logp / (math.log(2) * total_bytes), tokens, total_bytes, valid)
+
+
+def sample_targets(num_targets: int, count: int = 64) -> np.ndarray:
+    """Up to `count` targets, ascending, spread evenly over the stream; the mixture's mass is checked there."""
+    return np.unique(np.linspace(0, num_targets - 1, count).astype(np.int64))
 
 
 class WindowScorer:
@@ -1756,6 +1796,8 @@ class WindowScorer:
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime, tokens: np.ndarray):
         self.model, self.runtime, self.batch_seqs = model, runtime, config.eval_batch_seqs
+        self.samples = sample_targets(len(tokens) - 1)
+        self.sampled = torch.zeros(len(self.samples), config.vocab_size, device=runtime.device)
         self.tokens = torch.from_numpy(np.ascontiguousarray(tokens).astype(np.int32)).to(runtime.device)
         compiled = wants_compile(config, runtime)
         self.compiled = torch.compile(model.token_scores, dynamic=False) if compiled else model.token_scores
@@ -1769,8 +1811,9 @@ class WindowScorer:
     @torch.inference_mode()
     def score(self, windows: Windows, part: range) -> tuple[Tensor, Tensor]:
         """logp and entropy of the targets that windows `part` score, in order, on the device."""
-        columns: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, device=self.tokens.device),) * 2]
-        first = part.start
+        empty = torch.zeros(0, device=self.tokens.device)
+        columns: list[tuple[Tensor, Tensor]] = [(empty, empty)]
+        first, target = part.start, int(windows.tails[: part.start].sum())
         while first < part.stop:
             tail = int(windows.tails[first])
             stop = first + 1
@@ -1778,26 +1821,34 @@ class WindowScorer:
                 stop += 1
             forward = self.compiled if stop - first == self.batch_seqs else self.model.token_scores
             ids, targets = self.sequences(windows.starts[first:stop], windows.length)
-            logp, entropy = forward(ids, targets, tail, self.temperature)
+            logp, entropy, every = forward(ids, targets, tail, self.temperature)
             columns.append((logp.flatten(), entropy.flatten()))
-            first = stop
+            low, high = np.searchsorted(self.samples, (target, target + logp.numel()))
+            rows = torch.from_numpy(self.samples[low:high] - target).to(every.device)
+            self.sampled[low:high] = every.flatten(0, 1)[rows]
+            first, target = stop, target + logp.numel()
         logps, entropies = zip(*columns)
         return torch.cat(logps), torch.cat(entropies)
 
-    def score_all(self, windows: Windows, first: int = 0, stop: int | None = None) -> TokenScores:
-        """Scores of windows first … stop-1, sharded over ranks by contiguous parts, complete on every rank."""
+    def score_all(self, windows: Windows, first: int = 0, stop: int | None = None) -> list[np.ndarray]:
+        """logp and entropy of windows first … stop-1, sharded over ranks in contiguous parts, whole on every rank."""
         stop = len(windows.starts) if stop is None else stop
         world_size, rank = self.runtime.world_size, self.runtime.rank
         edges = [first + (stop - first) * r // world_size for r in range(world_size + 1)]
-        sizes = [int(windows.tails[low:high].sum()) for low, high in zip(edges, edges[1:])]
+        sizes = [int(windows.tails[low:high].sum()) for low, high in itertools.pairwise(edges)]
         parts = self.score(windows, range(edges[rank], edges[rank + 1]))
-        return TokenScores(*(self.runtime.gather_parts(part, sizes).cpu().numpy() for part in parts))
+        return [self.runtime.gather_parts(part, sizes).cpu().numpy() for part in parts]
+
+    def finish(self, logp: np.ndarray, entropy: np.ndarray) -> TokenScores:
+        """The stream's scores with the sampled predictions, which lie on different ranks until now."""
+        return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy())
 
 
 def score_stream(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int) -> TokenScores:
     """The neural scores of the whole validation stream by a sliding window, complete on every rank."""
     windows = plan_windows(validation.num_targets, config.eval_seq_len, stride)
-    return WindowScorer(model, config, runtime, validation.tokens).score_all(windows)
+    scorer = WindowScorer(model, config, runtime, validation.tokens)
+    return scorer.finish(*scorer.score_all(windows))
 
 
 class TestTimeTrainer:
@@ -1815,7 +1866,9 @@ class TestTimeTrainer:
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(False)
-        trained = [model.get_parameter(name).requires_grad_() for name in self._trained_names()]
+        trained = [model.get_parameter(name) for name in self._trained_names()]
+        for parameter in trained:
+            parameter.requires_grad_()
         self.grads = flatten_gradients(trained)
         if config.ttt_optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, config.ttt_lr, config.ttt_momentum)
@@ -1896,7 +1949,7 @@ def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: V
     trainer = TestTimeTrainer(model, config, runtime, validation)
     window_ends = np.cumsum(windows.tails)
     chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
-    scores: list[TokenScores] = []
+    scores: list[list[np.ndarray]] = []
     for chunk, start in enumerate(chunk_starts):
         stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
         first, last = np.searchsorted(window_ends, (start, stop), side="right")
@@ -1905,35 +1958,525 @@ def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: V
         if stop < validation.num_targets:
             trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
     model.load_state_dict(saved)
-    return TokenScores(*(np.concatenate(column) for column in zip(*scores)))
+    return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10. Counts: sort packed (context, token, position) and read off ranks. No table, no collision.
+# ----------------------------------------------------------------------------------------------------------
+
+Array = Any  # here a NumPy array, or a torch tensor on any device
+HASH_MULTIPLIERS = (36313, 27191, 51647, 81929, 131071, 174763, 233017)  # PR 1094
+
+
+class NgramCounts(NamedTuple):
+    """What earlier blocks say about each target under one n-gram order; (N,) int32 each."""
+
+    context_count: Array  # C, occurrences of the target's context
+    target_count: Array  # F, those of them that the target followed
+    distinct: Array  # T, different tokens that followed; None for hashed counts
+
+
+def _module(array: Array) -> Any:
+    return torch if isinstance(array, torch.Tensor) else np
+
+
+def _host(array: Array) -> np.ndarray:
+    return array.cpu().numpy() if isinstance(array, torch.Tensor) else array
+
+
+def _arange(length: int, like: Array) -> Array:
+    return _module(like).arange(length, device=like.device)
+
+
+def _wide(array: Array) -> Array:
+    return _module(array).asarray(array, dtype=_module(array).int64)
+
+
+def _scatter(values: Array, position: Array, length: int) -> Array:
+    xp = _module(values)
+    placed = xp.zeros(length, dtype=xp.int32, device=values.device)
+    placed[position] = xp.asarray(values, dtype=xp.int32)
+    return placed
+
+
+def _heads(values: Array) -> Array:
+    """True where a run of equal values starts."""
+    head = values == values
+    head[1:] = values[1:] != values[:-1]
+    return head
+
+
+def _sum_before(values: Array) -> Array:
+    """(n + 1,) int64 sums of the values before each element, and of all."""
+    xp = _module(values)
+    total = xp.zeros(len(values) + 1, dtype=xp.int64, device=values.device)
+    total[1:] = xp.cumsum(values, 0)
+    return total
+
+
+def _sort_runs(values: Array, head: Array | None) -> Array:
+    """Sort int64 values; runs that start at `head`, if given, are in order among themselves already."""
+    if isinstance(values, torch.Tensor):
+        return torch.sort(values).values
+    starts = np.zeros(1, np.int64) if head is None else np.flatnonzero(head)
+    # NumPy sorts a piece that fits the cache three times as fast: cut at about every 8,192nd value.
+    cuts = np.unique(starts[np.searchsorted(starts, np.arange(0, len(values), 8192), side="right") - 1])
+    for start, stop in itertools.pairwise([*cuts, len(values)]):
+        values[start:stop].sort()
+    return values
+
+
+class _Groups(NamedTuple):
+    """Positions (M,) sorted by (group, position), and True where a group starts."""
+
+    position: Array
+    head: Array
+    packed: Array  # group << bits | position
+    bits: int
+
+    @classmethod
+    def sort(cls, group: Array, position: Array, length: int, head: Array | None = None) -> _Groups:
+        """Sort positions < length by (group, position); `head` as in `_sort_runs`."""
+        bits = length.bit_length()
+        if len(group) and int(group.max()).bit_length() + bits > 63:
+            raise ValueError(f"{length} tokens of this vocabulary overflow 63-bit keys: count fewer at once")
+        packed = _sort_runs((group << bits) | position, head)  # values only: positions travel in the low bits
+        return cls(packed & ((1 << bits) - 1), _heads(packed >> bits), packed, bits)
+
+    def earlier(self, block_of: Array, weight: Array, length: int) -> list[Array]:
+        """Per position, how many of its group lie in earlier blocks, and their `weight` (N,) where given.
+
+        `block_of` (N,) ascends; None stands for blocks of one token.
+        """
+        index = _arange(len(self.head), self.head)
+
+        def run_start(head: Array) -> Array:
+            return index[head][_module(head).cumsum(head, 0) - 1]
+
+        first = run_start(self.head)
+        own = index if block_of is None else run_start(self.head | _heads(block_of[self.position]))
+        counts = [_scatter(own - first, self.position, length)]
+        if weight is not None:
+            total = _sum_before(weight[self.position])
+            counts.append(_scatter(total[own] - total[first], self.position, length))
+        return counts
+
+    def lookup(self, group: Array, before: Array, weight: Array) -> Array:
+        """Summed weight that any `group` holds at positions below `before`."""
+        limits = ((group << self.bits) | x for x in (before * 0, before))
+        start, end = (_module(group).searchsorted(self.packed, limit) for limit in limits)
+        total = _sum_before(weight[self.position])
+        return total[end] - total[start]
+
+
+def causal_ngram_counts(tokens: Array, max_order: int, block: int = 1) -> list[NgramCounts]:
+    """All orders of `iter_ngram_counts` at once, which holds 12 bytes per token and order."""
+    return list(iter_ngram_counts(tokens, max_order, block))
+
+
+def iter_ngram_counts(
+    tokens: Array, max_order: int, block: int = 1, probe: MassProbe | None = None
+) -> Iterator[NgramCounts]:
+    """Yield exact C, F and T of orders 1..max_order for every target tokens[i].
+
+    The context is the order-1 tokens before i. Only targets j with j//block < i//block count: block 1
+    means every j < i. Targets with too few predecessors get zeros. Tokens are non-negative integers (in a
+    tensor, int32 or int64). Raises ValueError where (context, token, position) exceeds 63 bits.
+    """
+    position = _arange(len(tokens), tokens)
+    contexts = _Groups(position, position == 0, None, 0)
+    for _ in range(max_order):
+        counts, targets = _count_order(tokens, contexts, block, probe)
+        yield counts
+        # A group of one (context, token) is one context of the next order; a group of one never recurs.
+        recurs = ~targets.head
+        recurs[:-1] |= ~targets.head[1:]
+        recurs &= targets.position + 1 < len(tokens)
+        contexts = _Groups(targets.position[recurs] + 1, targets.head[recurs], None, 0)
+
+
+def _count_order(
+    tokens: Array, contexts: _Groups, block: int, probe: MassProbe | None
+) -> tuple[NgramCounts, _Groups]:
+    """C, F and T of the targets at contexts.position, and these grouped by (context, target)."""
+    xp, n = _module(tokens), len(tokens)
+    block_of = None if block == 1 else _arange(n, tokens) // block
+    token_bits = max(int(tokens.max()), probe.vocab_size - 1 if probe else 0).bit_length() if n else 0
+    token = _wide(tokens[contexts.position])
+    context = xp.cumsum(contexts.head, 0) - 1
+    targets = _Groups.sort((context << token_bits) | token, contexts.position, n, contexts.head)
+    is_new = _scatter(targets.head, targets.position, n)
+    (target_count,) = targets.earlier(block_of, None, n)
+    context_count, distinct = contexts.earlier(block_of, is_new, n)
+    counts = NgramCounts(context_count, target_count, distinct)
+    if probe:
+        at = xp.asarray(probe.position, device=tokens.device)[:, None]
+        own = _wide(_scatter(context + 1, contexts.position, n)[at]) - 1
+        every = (own << token_bits) | _arange(probe.vocab_size, tokens)  # negative: never met
+        probe.record(counts, targets.lookup(every, at // block * block, xp.ones_like(is_new)))
+    return counts, targets
+
+
+def iter_hashed_counts(
+    tokens: Array, max_order: int, buckets: int, block: int, probe: MassProbe | None = None
+) -> Iterator[NgramCounts]:
+    """Yield the colliding counts of PR 1094: C of context buckets, F of context+target buckets.
+
+    Target tokens[i], i >= 1, is scored in block (i-1)//block; an n-gram counts from the next block on, and
+    only if one block added all its tokens. C and F come from different hashes, so F/C is no probability.
+    Raises ValueError unless `buckets` is a power of two.
+    """
+    if buckets & (buckets - 1):
+        raise ValueError(f"buckets must be a power of two, got {buckets}")
+    xp, n, position, wide = _module(tokens), len(tokens), _arange(len(tokens), tokens), _wide(tokens)
+    block_of = (position - 1 + (position == 0)) // block
+    added_from = block_of * block + (block_of > 0)  # first token that the block adds
+    for order in range(1, max_order + 1):
+        context, multiplier = position * 0, HASH_MULTIPLIERS[(order - 1) % 7]
+        for k in range(order - 1):
+            context[order - 1 :] ^= wide[k : n - order + 1 + k] * HASH_MULTIPLIERS[k % 7]
+        counted = position - (order - 1) >= added_from
+        hashes = (context & (buckets - 1), (context ^ (wide * multiplier)) & (buckets - 1))
+        groups = [_Groups.sort(bucket[order - 1 :], position[order - 1 :], n) for bucket in hashes]
+        counts = NgramCounts(*[group.earlier(block_of, counted, n)[1] for group in groups], distinct=None)
+        if probe:
+            at = xp.asarray(probe.position, device=tokens.device)[:, None]
+            every = (context[at] ^ (_arange(probe.vocab_size, tokens) * multiplier)) & (buckets - 1)
+            probe.record(counts, groups[1].lookup(every, added_from[at], counted))
+        yield counts
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 11. Mixers: expert probabilities of each target, and weights that only its past decides.
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Evidence(NamedTuple):
+    """Per target: the neural log-probability and entropy in nats (N,), and one row (N,) per n-gram expert.
+
+    `expert` rows hold the target's probability; `bucket` rows depend on the context alone, never on it.
+    """
+
+    logp: np.ndarray
+    entropy: np.ndarray
+    expert: Any
+    bucket: Any
+
+    def part(self, span: slice) -> Evidence:
+        rows = (np.stack([row[span] for row in rows]) for rows in (self.expert, self.bucket))
+        return Evidence(self.logp[span], self.entropy[span], *rows)
+
+
+Rows = tuple[list[np.ndarray], list[np.ndarray]]  # expert and bucket rows
+
+
+class Mixer(Protocol):
+    """`counts` and `experts` make the evidence; `mix` scores a block (B,), `update` then learns from it."""
+
+    guarded: bool
+
+    def counts(self, tokens: Array, probe: MassProbe | None) -> Iterator[NgramCounts]: ...
+    def experts(self, counts: Iterable[NgramCounts]) -> Rows: ...
+    def mix(self, block: Evidence) -> np.ndarray: ...
+    def update(self, block: Evidence) -> None: ...
+
+
+def _bin(values: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
+    """How many of the edges each value reaches."""
+    return np.add.reduce([values >= edge for edge in edges], 0, dtype=np.uint8)
+
+
+class BackoffNgramMixer:
+    """The default: a chain of two-way mixtures from the neural model q_0 through order 1 to max_order.
+
+    q_k = (1 - w) q_{k-1} + w F/C: each order takes the share it earned and leaves the rest to the lower
+    ones; where C = 0, w = 0. Online EM learns w per order and bucket of C, T/C and neural entropy, all known
+    before the target, so every q_k is a distribution. `guard` bounds the loss against q_0.
+    """
+
+    guarded = True
+    count_edges = (1, 2, 3, 5, 10, 30, 100, 1000)
+    novelty_edges = (0.03, 0.1, 0.2, 0.35, 0.6, 1.0)
+    entropy_edges = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+    def __init__(self, max_order: int = 10, block: int = 1, prior: tuple[float, float] = (0.1, 1.0)) -> None:
+        self.max_order, self.block = max_order, block
+        bins = (len(self.count_edges) + 1, len(self.novelty_edges) + 2, len(self.entropy_edges) + 1)
+        shape = (max_order, *bins)
+        self.reached = np.full(shape, sum(prior))  # targets that no higher order explained
+        self.taken = np.full(shape, prior[0])  # those that this order did
+        self.taken[:, 0] = 0.0  # C = 0
+
+    def counts(self, tokens: Array, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
+        return iter_ngram_counts(tokens, self.max_order, self.block, probe)
+
+    def experts(self, counts: Iterable[NgramCounts]) -> Rows:
+        shares, buckets = [], []
+        for seen, followed, distinct in counts:
+            scale = 1 / np.maximum(seen, 1, dtype=np.float32)
+            novelty = np.where(distinct == 1, 7, _bin(distinct * scale, self.novelty_edges))
+            buckets.append((_bin(seen, self.count_edges) * 8 + novelty).astype(np.uint8))
+            shares.append(followed * scale)
+        return shares, buckets
+
+    def _chain(self, block: Evidence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each order's table cell and weight (K, B), and the target's q_0..q_K (K + 1, B)."""
+        cell = (
+            np.arange(self.max_order)[:, None] * (self.taken[0].size // self.taken.shape[-1]) + block.bucket
+        )
+        cell = cell * self.taken.shape[-1] + _bin(block.entropy, self.entropy_edges)
+        weight = self.taken.take(cell) / self.reached.take(cell)
+        chain = np.empty((self.max_order + 1, len(block.logp)))
+        chain[0] = np.exp(block.logp)
+        for k in range(self.max_order):
+            chain[k + 1] = chain[k] + weight[k] * (block.expert[k] - chain[k])
+        return cell, weight, chain
+
+    def mix(self, block: Evidence) -> np.ndarray:
+        return np.log(self._chain(block)[2][-1])
+
+    def update(self, block: Evidence) -> None:
+        cell, weight, chain = self._chain(block)
+        explained = weight * block.expert / chain[1:]  # posterior that order k made a target that reached it
+        reached = np.ones_like(explained)
+        reached[:-1] = np.cumprod(1 - explained[:0:-1], 0)[::-1]
+        for tally, amount in ((self.reached, reached), (self.taken, reached * explained)):
+            tally += np.bincount(cell.ravel(), amount.ravel(), tally.size).reshape(tally.shape)
+
+
+@dataclass
+class PublishedBackoffMixer:
+    """PR 1094: p = (1 - a) p_neural + a F/C of the highest order, 2..max_order, with C >= min_count.
+
+    a = alpha_base + alpha_range sigmoid(2 (H - alpha_center)). Nothing is learned; the neural model is alone
+    until min_tokens were counted. `buckets` > 0 takes the published hashed counts, added every `block`
+    targets: then the result is no distribution.
+    """
+
+    vocab_size: int
+    max_order: int = 10
+    min_count: int = 1
+    alpha_base: float = 0.20
+    alpha_range: float = 0.55
+    alpha_center: float = 3.0
+    buckets: int = 0
+    block: int = 1
+    min_tokens: int = 0
+    guarded = False
+
+    def counts(self, tokens: Array, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
+        if self.buckets:
+            return iter_hashed_counts(tokens, self.max_order, self.buckets, self.block, probe)
+        return iter_ngram_counts(tokens, self.max_order, self.block, probe)
+
+    def experts(self, counts: Iterable[NgramCounts]) -> Rows:
+        total, followed, _ = next(counts := iter(counts))
+        expert, ready = (followed + 0.5) / (total + 0.5 * self.vocab_size), total >= self.min_tokens
+        for seen, followed, _ in counts:
+            share = np.minimum(followed, seen) / np.maximum(seen, 1)
+            expert = np.where(seen >= max(self.min_count, 1), share, expert)
+        return [expert], [ready]
+
+    def mix(self, block: Evidence) -> np.ndarray:
+        alpha = self.alpha_base + self.alpha_range / (1 + np.exp(-2 * (block.entropy - self.alpha_center)))
+        alpha = alpha * block.bucket[0]
+        return np.log(np.maximum((1 - alpha) * np.exp(block.logp) + alpha * block.expert[0], 1e-12))
+
+    def update(self, block: Evidence) -> None:
+        """Only the counts adapt."""
+
+
+@dataclass
+class HedgeMixer:
+    """PR 700: five experts weighted by exp(-eta · summed block-mean loss), neural alone for min_tokens.
+
+    Neural model (log-weight 2 at the start), unigram and bigram (+0.1), trigram on 65,536 hashed rows
+    (+0.01), and as fifth the Witten-Bell interpolation of orders 1-5. With `entropy_expert` the fifth is, as
+    published, the neural entropy taken for a log-loss: then the result is no distribution.
+    """
+
+    vocab_size: int
+    eta: float = 0.1
+    min_tokens: int = 10_000
+    entropy_expert: bool = False
+    log_weight: np.ndarray = field(default_factory=lambda: np.array([2.0, 0.0, 0.0, 0.0, 0.0]))
+    guarded = False
+
+    def counts(self, tokens: Array, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
+        position = _arange(len(tokens), tokens)
+        row, wide = position * 0, _wide(tokens)
+        row[1:] = 27191 * wide[:-1]
+        row[2:] ^= 36313 * wide[:-2]
+        rows = _Groups.sort(row & 65535, position, len(tokens))
+        yield _count_order(tokens, rows, 1, probe)[0]
+        yield from iter_ngram_counts(tokens, 5, probe=probe)
+
+    def experts(self, counts: Iterable[NgramCounts]) -> Rows:
+        trigram, *orders = counts
+        smoothed = zip((0.1, 0.1, 0.01), (orders[0], orders[1], trigram), strict=True)
+        experts = [(followed + add) / (seen + add * self.vocab_size) for add, (seen, followed, _) in smoothed]
+        fifth = np.asarray(1 / self.vocab_size)
+        for seen, followed, distinct in orders:
+            fifth = (followed + np.maximum(distinct, seen == 0) * fifth) / np.maximum(seen + distinct, 1)
+        return [*experts, fifth], [orders[0].context_count >= self.min_tokens]
+
+    def _losses(self, block: Evidence) -> np.ndarray:
+        counted = -np.log(block.expert)
+        return np.stack([-block.logp, *counted[:3], block.entropy if self.entropy_expert else counted[3]])
+
+    def mix(self, block: Evidence) -> np.ndarray:
+        log_weight = self.log_weight - np.logaddexp.reduce(self.log_weight)
+        mixed = np.logaddexp.reduce(log_weight[:, None] - self._losses(block), 0)
+        return np.where(block.bucket[0], mixed, block.logp)
+
+    def update(self, block: Evidence) -> None:
+        if block.bucket[0].all():
+            self.log_weight = self.log_weight - self.eta * self._losses(block).mean(1)
+
+
+def guard(neural: np.ndarray, learned: np.ndarray) -> np.ndarray:
+    """Log-odds (N,) of `learned` against `neural` at each target, from the targets before it."""
+    gain = learned - neural.astype(np.float64)
+    return np.concatenate([[0.0], np.cumsum(gain[:-1])])
+
+
+def blend(neural: np.ndarray, learned: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
+    """Log-probability of the two-model mixture at the given odds.
+
+    With those of `guard` it is the exact Bayesian mixture of two sequence models, prior 1/2 each: on any text
+    the summed loss exceeds neither model's by more than ln 2 nats, one bit in all.
+    """
+    return np.logaddexp(neural - np.logaddexp(0, log_odds), learned - np.logaddexp(0, -log_odds))
+
+
+def mix_stream(
+    mixer: Mixer, evidence: Evidence, block: int = 2048, probe: MassProbe | None = None
+) -> np.ndarray:
+    """Mixed log-probability (N,) of every target; each block is scored before the mixer learns from it."""
+    learned = np.empty(len(evidence.logp))
+    for start in range(0, len(learned), block):
+        part = evidence.part(slice(start, start + block))
+        learned[start : start + block] = mixer.mix(part)
+        if probe:
+            probe.score(mixer, start, start + block)
+        mixer.update(part)
+    log_odds = guard(evidence.logp, learned) if mixer.guarded else np.full(len(learned), np.inf)
+    if probe:
+        probe.finish(log_odds)
+    return blend(evidence.logp, learned, log_odds)
+
+
+def mix_scores(
+    mixer: Mixer, tokens: Array, logp: np.ndarray, entropy: np.ndarray, probe: MassProbe | None = None
+) -> np.ndarray:
+    """Mix the neural scores (N,) of targets tokens[1:]; float64 log-probabilities (N,) in nats."""
+    orders = mixer.counts(tokens, probe)
+    counts = (NgramCounts(*(c if c is None else _host(c)[1:] for c in order)) for order in orders)
+    return mix_stream(mixer, Evidence(logp, entropy, *mixer.experts(counts)), probe=probe)
+
+
+class MassProbe:
+    """Counterfactual mass: every token in turn takes the place of a sampled target, and the answers add up.
+
+    `position` (S,) ≥ 1 indexes tokens; `logp` (S, V) and `entropy` (S,) are the neural model's there. After
+    `mix_scores`, `mass` (S,) is 1 for a valid mixer. No normalisation is assumed: C and T are the target's
+    own, F of every token is looked up in the sorted keys, the rest is the mixer's own code.
+    """
+
+    def __init__(self, position: np.ndarray, logp: np.ndarray, entropy: np.ndarray) -> None:
+        self.position, self.logp, self.entropy = position, logp, entropy
+        self.vocab_size = logp.shape[1]
+        self.counts: list[NgramCounts] = []
+        self.learned, self.mass = np.empty(logp.shape), np.empty(len(position))
+
+    def record(self, counts: NgramCounts, target_count: Array) -> None:
+        """Keep one order's C and T (S, 1) at the samples, with F (S, V) of every token."""
+        seen, _, distinct = (c if c is None else _host(c[self.position])[:, None] for c in counts)
+        self.counts.append(NgramCounts(seen, _host(target_count), distinct))
+
+    def score(self, mixer: Mixer, start: int, stop: int) -> None:
+        """Let the mixer, as it stands, score every token at the samples among targets start..stop-1."""
+        for row in np.flatnonzero((self.position > start) & (self.position <= stop)):
+            counts = [NgramCounts(*(c if c is None else c[row] for c in order)) for order in self.counts]
+            rows = ([np.broadcast_to(r, self.vocab_size) for r in rows] for rows in mixer.experts(counts))
+            entropy = self.entropy[row].repeat(self.vocab_size)
+            self.learned[row] = mixer.mix(Evidence(self.logp[row], entropy, *rows).part(slice(None)))
+
+    def finish(self, log_odds: np.ndarray) -> None:
+        """Add up the probabilities, blended at the log-odds (N,) of the stream."""
+        self.mass = np.exp(blend(self.logp, self.learned, log_odds[self.position - 1, None])).sum(1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 12. Evaluation: the recipe's stages on one stream of scores.
+# ----------------------------------------------------------------------------------------------------------
+def make_mixer(config: Config) -> Mixer | None:
+    """The mixer that MIXER names."""
+    hashed = config.ngram_counts == "hashed"
+    if config.mixer == "backoff":
+        return BackoffNgramMixer(config.ngram_order)
+    if config.mixer == "backoff-published":
+        return PublishedBackoffMixer(
+            config.vocab_size, config.ngram_order, config.ngram_min_count,
+            config.alpha_base, config.alpha_range, config.alpha_center,
+            buckets=config.ngram_buckets if hashed else 0, block=config.ngram_block if hashed else 1,
+        )  # fmt: skip
+    if config.mixer == "hedge":
+        return HedgeMixer(config.vocab_size, config.mixer_eta, entropy_expert=config.entropy_expert)
+    return None
+
+
+def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, validation: ValidationSet) -> Score:
+    """Mix the stream once, on rank 0, and log the score with the mass that shows whether it is one."""
+    began = time.perf_counter()
+    sums = [0.0] * 3
+    if runtime.is_main:
+        samples = sample_targets(validation.num_targets)
+        probe = MassProbe(samples + 1, scores.sampled, scores.entropy[samples])
+        tokens = validation.tokens.astype(np.int64)
+        on_device = torch.from_numpy(tokens).to(runtime.device) if runtime.device.type == "cuda" else tokens
+        logp = mix_scores(mixer, on_device, scores.logp, scores.entropy, probe)
+        sums = [float(logp.sum()), float(probe.mass.mean()), float(np.abs(probe.mass - 1).max())]
+    total_logp, mass, worst = runtime.from_main(*sums)
+    result = score_of(total_logp, validation, valid=worst <= MASS_TOLERANCE)
+    fields: dict[str, Any] = result.headline() | {"mass": mass, "worst": worst, "valid": result.valid}
+    note = " ".join(filter(None, (validation.note, result.note)))
+    log.row("final_mixed", note, **fields, eval_time_ms=1000 * (time.perf_counter() - began))
+    log.row("final_mixed_exact", note, **fields)
+    return result
 
 
 def evaluate(model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet) -> Score:
     """Every evaluation stage of the recipe, each with its seconds; returns the last one's score."""
     sizes = f"final_int{model.config.qat_bits or 6}"
-    arguments = (model, config, runtime, validation)
+    arguments, stride = (model, config, runtime, validation), config.eval_stride
     stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
         (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
-        (f"{sizes}_sliding_window", lambda: score_stream(*arguments, config.eval_stride), {"stride": config.eval_stride}),
+        (f"{sizes}_sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
     if config.ttt_enabled:
-        fields = {"epochs": config.ttt_epochs, "chunk": config.ttt_chunk_tokens}
-        stages.append(("legal_ttt", lambda: score_then_adapt(*arguments), fields))
-    spent_s, result = 0.0, Score(0.0, 0.0, 0, 0)
+        shown = {"epochs": config.ttt_epochs, "chunk": config.ttt_chunk_tokens}
+        stages.append(("legal_ttt", lambda: score_then_adapt(*arguments), shown))
+    all_began, scores, result = time.perf_counter(), None, None
     for name, stage, extra in stages:
         began = time.perf_counter()
-        result = summarize(stage(), validation)
-        seconds = time.perf_counter() - began
-        spent_s += seconds
-        fields = result.headline() | extra
-        log.row(name, validation.note, **fields, eval_time_ms=1000 * seconds)
+        scores = stage()
+        result = summarize(scores.logp, validation)
+        fields: dict[str, Any] = result.headline() | extra
+        log.row(name, validation.note, **fields, eval_time_ms=1000 * (time.perf_counter() - began))
         log.row(f"{name}_exact", validation.note, **fields)
-    log.row("evaluation", total_s=spent_s, budget_s=STAGE_BUDGET_S)
+    assert scores is not None
+    assert result is not None
+    mixer = make_mixer(config)
+    if mixer is not None:
+        result = log_mixed(mixer, scores, runtime, log, validation)
+    log.row("evaluation", total_s=time.perf_counter() - all_began, budget_s=STAGE_BUDGET_S)
     return result
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 10. Main.
+# 13. Main.
 # ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
@@ -1976,7 +2519,7 @@ def train_artifact(
     log.line(runtime.peak_memory_line())
     trainer.average.apply()
     began = time.perf_counter()
-    result = summarize(score_stream(model, config, runtime, validation, config.eval_seq_len), validation)
+    result = summarize(score_stream(model, config, runtime, validation, config.eval_seq_len).logp, validation)
     average = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     seconds = time.perf_counter() - began
     log.row(f"DIAGNOSTIC {average}", validation.note, **result.headline(), eval_time_ms=1000 * seconds)
@@ -1997,7 +2540,8 @@ def run(config: Config, runtime: Runtime) -> Score:
     validation = ValidationSet(config, tokenizer)
     total_bytes = int(validation.bytes.sum(dtype=np.int64))
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total_bytes)
-    log.row("track:adaptive" if config.ttt_enabled else "track:fixed_predictor")
+    adaptive = config.ttt_enabled or config.mixer != "none"
+    log.row("track:adaptive" if adaptive else "track:fixed_predictor")
     if not config.eval_only:
         train_artifact(config, runtime, log, tokenizer, validation)
     _, attend = choose_attention(config.attention, runtime.device)
@@ -2005,7 +2549,8 @@ def run(config: Config, runtime: Runtime) -> Score:
     if metadata["tokenizer"] != tokenizer.digest:
         raise ArtifactError(f"{config.artifact_path} needs another tokenizer than {config.tokenizer_path}")
     result = evaluate(model.to(runtime.device), config, runtime, log, validation)
-    log.row("final_int8_zlib_roundtrip_exact", validation.note, **result.headline())
+    note = " ".join(filter(None, (validation.note, result.note)))
+    log.row("final_int8_zlib_roundtrip_exact", note, **result.headline(), valid=result.valid)
     log.close()
     return result
 

@@ -22,7 +22,7 @@ DETERMINERS = word_set(
     a an the this that these those each every either neither some any all both half several many much
     more most few fewer less least other another such same own certain various enough what which whose
     my your his her its our their no none one two three four five six seven eight nine ten first second
-    third last next
+    third last next former latter
     """
 )
 PRONOUNS = word_set(
@@ -163,6 +163,7 @@ PATTERNS = trigger_patterns()
 TRIGGER = re.compile(r"(?<=\s)" + prefix_tree_regex(PATTERNS) + r"(?=\s)")
 TOKEN = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|[^\s\w]|\w+")
 WORD = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
+AFTER_NOUN = re.compile(r"(?:ly|[^e]ed)$")  # adverbs and participles: "files stored", "damage generally"
 CONTEXT_CHARACTERS = 120  # how far from a trigger a subject or an object is looked for
 MAX_PHRASE_WORDS = 3
 
@@ -188,7 +189,7 @@ def phrase_after(tokens: Sequence[str]) -> tuple[str, int] | None:
     while end < len(tokens) and is_content(tokens[end]):
         end += 1
     stop = end
-    while stop > start and tokens[stop - 1].endswith("ly"):  # an adverb after the noun
+    while stop > start and AFTER_NOUN.search(tokens[stop - 1]):
         stop -= 1
     if not start < stop <= start + MAX_PHRASE_WORDS:
         return None

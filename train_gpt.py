@@ -30,13 +30,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import kg_data
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kg_data
 import swarm_agents
 
 BOS_ID = 1  # every document begins with it, in the contest's shards and in those of data/prepare.py
@@ -266,7 +266,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         xsa_last_n=1, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=2048,
         micro_batch_tokens=2048, iterations=500, warmdown_iters=250, warmup_steps=1, max_wallclock_seconds=80.0,
         muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.95,
-        val_loss_every=250, train_log_every=50, eval_seq_len=256, eval_stride=64,
+        val_loss_every=250, train_log_every=50, eval_seq_len=256, eval_stride=64, swarm_enabled=True, swarm_every=50,
+        kg_enabled=True, kg_path="./runs/demo/kg_blob.txt", ttt_enabled=True, ttt_epochs=1, ttt_chunk_tokens=8192,
+        ttt_freeze_blocks=1, ttt_batch_seqs=8, ttt_lr=0.01, mixer="backoff",
     ),
 }  # fmt: skip
 

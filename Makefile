@@ -19,7 +19,10 @@ $(RUN)/data/manifest.json: $(VENV)/ready
 	$(BIN)/python data/demo_corpus.py --out $(RUN)/corpus.jsonl
 	$(BIN)/python data/prepare.py $(RUN)/corpus.jsonl --out $(RUN)/data --train-tokenizer 1024 --val-fraction 0.04
 
-demo: $(RUN)/data/manifest.json
+$(RUN)/kg_blob.txt: $(RUN)/data/manifest.json data/kg_words.tsv
+	$(BIN)/python tools/build_kg.py blob --tokenizer $(RUN)/data/tokenizer.model --out $@
+
+demo: $(RUN)/kg_blob.txt
 	RECIPE=demo $(BIN)/python train_gpt.py
 	$(BIN)/python tools/demo_summary.py $(RUN)
 

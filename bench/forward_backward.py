@@ -34,8 +34,8 @@ def measure(config: train_gpt.Config, args: argparse.Namespace) -> list[float]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        main, further = losses(tokens[:, :-1], tokens[:, 1:], args.qat)
-        (main + config.mtp_loss_weight * further).backward()
+        _, weighted, further = losses(tokens[:, :-1], tokens[:, 1:], args.qat)
+        (weighted + config.mtp_loss_weight * further).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         if i >= args.burn_in:

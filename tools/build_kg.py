@@ -398,11 +398,15 @@ def run_blob(args: argparse.Namespace) -> None:
     import sentencepiece  # only this step needs it
 
     started = time.monotonic()
+    words = read_words(args.words)
     if not args.tokenizer.is_file():
         raise BuildError(f"no tokenizer at {args.tokenizer}")
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer))
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.load(str(args.tokenizer))
+    except RuntimeError as error:
+        raise BuildError(f"{args.tokenizer} is no SentencePiece model") from error
     pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
-    words = read_words(args.words)
     scores = token_scores(words, tokenizer.encode, pieces)
     blob = pack(scores, pieces)
     importance = kg_data.decode(pieces, blob)

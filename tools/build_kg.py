@@ -94,6 +94,7 @@ SOURCE_RELATIONS: dict[str, tuple[str, float]] = {
     # text, and edge lists that use the type names themselves
     **{name: (name, 0.5) for name in RELATION_TYPES},
 }
+NOT_A_NOUN = 0.2  # weight of a word form in the text that is no noun, where a noun has 1
 BACKWARD_WEIGHT = 0.5  # a relation is also followed against its direction, at this share of its weight
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -207,40 +208,61 @@ def base_forms(word: str) -> Iterator[str]:
                 yield stem[:-1]
 
 
-def add_text(graph: Graph, facts: TextFacts, min_count: int = 5) -> dict[int, int]:
-    """Join word forms and relations of a text to the `word:` nodes of `graph`; return node -> count.
+def noun_shares(graph: Graph) -> dict[str, float]:
+    """Return word -> share of its senses that are nouns, by WordNet's sense keys: LEMMA%1:... is a noun."""
+    names = list(graph.nodes)
+    senses: Counter[str] = Counter()
+    nouns: Counter[str] = Counter()
+    for head, tail in zip(graph.heads, graph.tails, strict=True):
+        if names[head].startswith("word:") and "%" in names[tail]:
+            word = names[head].removeprefix("word:")
+            senses[word] += 1
+            nouns[word] += names[tail].rpartition("%")[2].startswith("1")
+    return {word: nouns[word] / count for word, count in senses.items()}
+
+
+def add_text(graph: Graph, facts: TextFacts, min_count: int = 5) -> dict[int, float]:
+    """Join word forms and relations of a text to the `word:` nodes of `graph`; return node -> start weight.
 
     A form that is no node itself but an inflection of one becomes a node, linked to its base. What is neither
     (function words, code, misspellings) is left out, and so are relations that mention it. Each form counts
     under the capitalisation that the dictionary has, or under the text's where the dictionary has both.
+
+    The weight is the number of documents with the form, less for what is not a noun: nouns name the things
+    that relations hold between, where "get" or "make" is in every text and says little about any.
     """
     forms: dict[str, Counter[str]] = {}
     for form, count in facts.words.items():
         forms.setdefault(form.lower(), Counter())[form] += count
+    counts = {lowered: spellings.total() for lowered, spellings in forms.items()}
     known = frozenset(node.removeprefix("word:") for node in graph.nodes if node.startswith("word:"))
+    shares = noun_shares(graph)
     names: dict[str, str] = {}
-    counts: dict[int, int] = {}
-    for lowered in sorted(forms):
-        spellings = forms[lowered]
-        count = spellings.total()
+    weights: dict[int, float] = {}
+    for lowered, count in sorted(counts.items()):
         if count < min_count or not is_content(lowered):
             continue
         capital = lowered.capitalize()
-        mostly_capital = spellings[capital] > 0.8 * count
+        mostly_capital = forms[lowered][capital] > 0.8 * count
         preferred = (capital, lowered) if mostly_capital else (lowered, capital)
         spelling = next((form for form in preferred if form in known), None)
-        if spelling is None:
-            base = next((base for base in base_forms(lowered) if base in known and is_content(base)), None)
-            if base is None:
-                continue
+        bases = [base for base in base_forms(lowered) if base in known and is_content(base)]
+        if spelling:
+            share = shares.get(spelling, 1.0)
+        elif bases:
             spelling = lowered
-            graph.add(f"word:{spelling}", "inflection", f"word:{base}")
+            graph.add(f"word:{spelling}", "inflection", f"word:{bases[0]}")
+            share = shares.get(bases[0], 1.0) if lowered.endswith(("s", "men")) else 0.0
+        else:
+            continue
+        if lowered.endswith("ing") and any(counts.get(base, 0) > count for base in bases):
+            share = 0.0  # "using" has a sense as a noun, but is a form of the commoner "use"
         names[lowered] = f"word:{spelling}"
-        counts[graph.nodes[names[lowered]]] = count
+        weights[graph.nodes[names[lowered]]] = count * (share + NOT_A_NOUN * (1 - share))
     for (head, relation, tail), times in sorted(facts.relations.items()):
         if head in names and tail in names:
             graph.add(names[head], relation, names[tail], math.log2(1 + times))
-    return counts
+    return weights
 
 
 def rank_words(graph: Graph, rank: np.ndarray, limit: int) -> list[tuple[str, float]]:
@@ -371,8 +393,8 @@ def run_graph(args: argparse.Namespace) -> None:
         for head, relation, tail in read_edges(path):
             graph.add(head, relation, tail)
     facts = read_facts(args.text, args.processes) if args.text else TextFacts()
-    counts = add_text(graph, facts)
-    reset = np.bincount(list(counts), list(counts.values()), len(graph.nodes)) if counts else None
+    starts = add_text(graph, facts)
+    reset = np.bincount(list(starts), list(starts.values()), len(graph.nodes)) if starts else None
     print(f"read: {time.monotonic() - started:.1f} s, {len(facts.relations)} distinct relations in the text")
     words = rank_words(graph, graph.pagerank(reset), args.words)
     command = ["python", "tools/build_kg.py", "graph"]

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -118,6 +119,25 @@ def test_blob_from_a_file(tmp_path: Path):
     path.write_bytes(b"\xff\xfe\x00" * 500)
     with pytest.raises(ValueError, match="not 732 bytes"):
         kg_data.decode(PIECES, kg_data.read_blob(str(path)))
+
+
+def test_rewriting_kg_data_changes_blob_and_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    copy = tmp_path / "kg_data.py"
+    before = build_kg.KG_DATA.read_text()
+    copy.write_text(before)
+    monkeypatch.setattr(build_kg, "KG_DATA", copy)
+    command = "python tools/build_kg.py blob --tokenizer other.model"
+    build_kg.rewrite_kg_data(BLOB, command)
+    module = runpy.run_path(str(copy))
+    assert module["BLOB"] == BLOB
+    assert command in module["__doc__"]
+    assert module["decode"](PIECES) == kg_data.decode(PIECES, BLOB)
+    (line,) = [line for line in before.splitlines() if line.startswith("    python tools/build_kg.py")]
+    build_kg.rewrite_kg_data(kg_data.BLOB, line.strip())
+    assert copy.read_text() == before
+    copy.write_text("BLOB = ''\n")
+    with pytest.raises(build_kg.BuildError, match="has 0 places"):
+        build_kg.rewrite_kg_data(BLOB, command)
 
 
 def test_ids_beyond_ten_bits_and_too_few_tokens_are_said():
@@ -386,6 +406,8 @@ def test_graph_step_from_files_is_deterministic_and_independent_of_processes(tmp
         (["graph", "--edges", "FILE"], "a\tcauses\tb\n", "the graph has no words"),
         (["graph", "--edges", "FILE"], None, "No such file"),
         (["graph", "--text", "FILE"], '{"txt": 1}\n', 'FILE:1: not a JSON object with a "text" field'),
+        (["graph", "--text", "FILE"], '{"text": 1}\n', 'FILE:1: not a JSON object with a "text" field'),
+        (["graph", "--edges", "FILE.zst"], "not compressed\n", "FILE.zst: not UTF-8 text or damaged"),
         (["blob", "--tokenizer", "FILE"], None, "no tokenizer at FILE"),
         (["blob", "--tokenizer", "FILE"], "no model", "is no SentencePiece model"),
         (["blob", "--words", "FILE", "--tokenizer", "MODEL"], "word without score\n", "not word TAB score"),
@@ -397,7 +419,8 @@ def test_errors_are_one_clear_line(
     file = tmp_path / "file.jsonl"
     if content is not None:
         file.write_text(content)
-    named = [str(file) if part == "FILE" else part for part in arguments]
+        Path(f"{file}.zst").write_text(content)
+    named = [part.replace("FILE", str(file)) for part in arguments]
     assert build_kg.main([*named, "--out", str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err
     assert error.startswith("build_kg: ")

@@ -28,7 +28,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from kg_text import CLOSED_CLASS, TextFacts, is_content, read_batch
@@ -100,34 +99,49 @@ BACKWARD_WEIGHT = 0.5  # a relation is also followed against its direction, at t
 # --- reading --------------------------------------------------------------------------------------------
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a UTF-8 text file, decompressing .zst. Raises OSError naming the file."""
-    if path.suffix != ".zst":
-        return path.open(encoding="utf-8")
-    import zstandard  # only compressed input needs it
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number, line without its end) of a UTF-8 text file, decompressing .zst.
 
-    decompressor = zstandard.ZstdDecompressor()
-    return io.TextIOWrapper(decompressor.stream_reader(path.open("rb"), closefd=True), encoding="utf-8")
+    Raises OSError, or BuildError naming the file when it is not what its name says.
+    """
+    if path.suffix == ".zst":
+        import zstandard  # only compressed input needs it
+
+        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
+        lines, fault = io.TextIOWrapper(raw, encoding="utf-8"), zstandard.ZstdError
+    else:
+        lines, fault = path.open(encoding="utf-8"), UnicodeDecodeError
+    with lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                yield number, line.rstrip("\r\n")
+        except (fault, UnicodeDecodeError) as error:
+            raise BuildError(f"{path}: not UTF-8 text or damaged: {error}") from error
 
 
 def read_edges(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (head, relation, tail) of a TSV edge list. Raises BuildError naming file, line and fault."""
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) != 3:
-                raise BuildError(f"{path}:{number}: {len(fields)} fields, not head TAB relation TAB tail")
-            yield fields[0], fields[1], fields[2]
+    for number, line in read_lines(path):
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise BuildError(f"{path}:{number}: {len(fields)} fields, not head TAB relation TAB tail")
+        yield fields[0], fields[1], fields[2]
 
 
 def read_texts(path: Path) -> Iterator[str]:
     """Yield documents: each line's "text" in .jsonl and .jsonl.zst, each line itself in any other file."""
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)["text"] if ".jsonl" in path.suffixes else line
-            except (ValueError, KeyError, TypeError) as error:
-                raise BuildError(f'{path}:{number}: not a JSON object with a "text" field') from error
+    for number, line in read_lines(path):
+        if ".jsonl" not in path.suffixes:
+            yield line
+            continue
+        try:
+            document = json.loads(line)
+        except ValueError:
+            document = None
+        text = document.get("text") if isinstance(document, dict) else None
+        if not isinstance(text, str):
+            raise BuildError(f'{path}:{number}: not a JSON object with a "text" field')
+        yield text
 
 
 def batches(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[str]]:
@@ -289,7 +303,7 @@ def write_words(path: Path, words: Sequence[tuple[str, float]], notes: Sequence[
 def read_words(path: Path) -> list[tuple[str, float]]:
     """Return the words and scores of a table. Raises BuildError naming file, line and fault."""
     words: list[tuple[str, float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in read_lines(path):
         if not line.startswith("#"):
             word, _, score = line.partition("\t")
             try:
@@ -348,10 +362,13 @@ def rewrite_kg_data(blob: str, command: str) -> None:
     """Put the blob and the command that made it into kg_data.py, atomically; the decoder there stays."""
     rows = [f'    "{blob[i : i + 104]}"' for i in range(0, len(blob), 104)]
     source = KG_DATA.read_text(encoding="utf-8")
-    source = re.sub(r"(?m)^    python tools.*$", lambda _: f"    {command}", source, count=1)
-    source = re.sub(
-        r"(?ms)^BLOB = \(\n.*?^\)$", lambda _: "\n".join(["BLOB = (", *rows, ")"]), source, count=1
-    )
+    for pattern, text in (
+        (r"^    python tools/build_kg\.py blob.*?$", f"    {command}"),
+        (r"^BLOB = \(\n.*?^\)$", "\n".join(["BLOB = (", *rows, ")"])),
+    ):
+        source, places = re.subn(pattern, lambda _, text=text: text, source, flags=re.MULTILINE | re.DOTALL)
+        if places != 1:
+            raise BuildError(f"{KG_DATA} has {places} places for what matches {pattern!r}, not 1")
     temporary = KG_DATA.with_suffix(".tmp")
     temporary.write_text(source, encoding="utf-8")
     temporary.replace(KG_DATA)
@@ -449,6 +466,13 @@ def run_blob(args: argparse.Namespace) -> None:
     print_costs(started)
 
 
+def positive(text: str) -> int:
+    """Parse a positive whole number; argparse reports the ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     summary, _, details = (__doc__ or "").partition("\n\n")
@@ -461,8 +485,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--text", type=Path, action="append", default=[], help="text or JSON lines; repeatable"
     )
     graph.add_argument("--source", action="append", default=[], help="source and licence, for the header")
-    graph.add_argument("--words", type=int, default=4000, help="how many words to keep (%(default)s)")
-    graph.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="for text (%(default)s)")
+    graph.add_argument("--words", type=positive, default=4000, help="how many words to keep (%(default)s)")
+    graph.add_argument(
+        "--processes", type=positive, default=os.cpu_count() or 1, help="for text (%(default)s)"
+    )
     graph.add_argument("--out", type=Path, default=KG_WORDS, help="word table (data/kg_words.tsv)")
     graph.set_defaults(run=run_graph)
     blob = steps.add_parser("blob", help="word table -> blob for a tokenizer")
@@ -482,8 +508,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"build_kg: {error}", file=sys.stderr)
     except ImportError as error:
         print(f"build_kg: this step needs {error.name}: pip install {error.name}", file=sys.stderr)
-    except UnicodeDecodeError as error:
-        print(f"build_kg: input is not UTF-8: {error}", file=sys.stderr)
     else:
         return 0
     return 2

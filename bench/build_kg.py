@@ -36,7 +36,7 @@ def generated_word(number: int) -> str:
 
 
 def generated_edges(nodes: int, seed: int = 1) -> Iterator[str]:
-    """Yield the lines of an edge list with about `nodes` nodes: a third words, the rest senses and synsets."""
+    """Yield the lines of an edge list of about `nodes` nodes: a third words, the rest senses and synsets."""
     rng = random.Random(seed)
     words, senses, synsets = nodes // 3, nodes * 2 // 5, nodes // 4
     for sense in range(senses):

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-import swarm_agents
-from swarm_agents import BOUNDS, Decision, TrainingMetrics, VotingMesh
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import swarm_agents  # noqa: E402
+from swarm_agents import BOUNDS, Decision, TrainingMetrics, VotingMesh  # noqa: E402
+
 GOLDEN = json.loads((ROOT / "tests/data/swarm_golden.json").read_text())
 # Decisions of pull request 1081's own code on scripted metrics; its names -> the names of our controls.
 GOLDEN_NAMES = {

@@ -28,7 +28,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from kg_text import CLOSED_CLASS, TextFacts, is_content, read_batch
@@ -94,39 +93,55 @@ SOURCE_RELATIONS: dict[str, tuple[str, float]] = {
     # text, and edge lists that use the type names themselves
     **{name: (name, 0.5) for name in RELATION_TYPES},
 }
+NOT_A_NOUN = 0.2  # weight of a word form in the text that is no noun, where a noun has 1
 BACKWARD_WEIGHT = 0.5  # a relation is also followed against its direction, at this share of its weight
 
 # --- reading --------------------------------------------------------------------------------------------
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a UTF-8 text file, decompressing .zst. Raises OSError naming the file."""
-    if path.suffix != ".zst":
-        return path.open(encoding="utf-8")
-    import zstandard  # only compressed input needs it
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number, line without its end) of a UTF-8 text file, decompressing .zst.
 
-    decompressor = zstandard.ZstdDecompressor()
-    return io.TextIOWrapper(decompressor.stream_reader(path.open("rb"), closefd=True), encoding="utf-8")
+    Raises OSError, or BuildError naming the file when it is not what its name says.
+    """
+    if path.suffix == ".zst":
+        import zstandard  # only compressed input needs it
+
+        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
+        lines, fault = io.TextIOWrapper(raw, encoding="utf-8"), zstandard.ZstdError
+    else:
+        lines, fault = path.open(encoding="utf-8"), UnicodeDecodeError
+    with lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                yield number, line.rstrip("\r\n")
+        except (fault, UnicodeDecodeError) as error:
+            raise BuildError(f"{path}: not UTF-8 text or damaged: {error}") from error
 
 
 def read_edges(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (head, relation, tail) of a TSV edge list. Raises BuildError naming file, line and fault."""
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) != 3:
-                raise BuildError(f"{path}:{number}: {len(fields)} fields, not head TAB relation TAB tail")
-            yield fields[0], fields[1], fields[2]
+    for number, line in read_lines(path):
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise BuildError(f"{path}:{number}: {len(fields)} fields, not head TAB relation TAB tail")
+        yield fields[0], fields[1], fields[2]
 
 
 def read_texts(path: Path) -> Iterator[str]:
     """Yield documents: each line's "text" in .jsonl and .jsonl.zst, each line itself in any other file."""
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)["text"] if ".jsonl" in path.suffixes else line
-            except (ValueError, KeyError, TypeError) as error:
-                raise BuildError(f'{path}:{number}: not a JSON object with a "text" field') from error
+    for number, line in read_lines(path):
+        if ".jsonl" not in path.suffixes:
+            yield line
+            continue
+        try:
+            document = json.loads(line)
+        except ValueError:
+            document = None
+        text = document.get("text") if isinstance(document, dict) else None
+        if not isinstance(text, str):
+            raise BuildError(f'{path}:{number}: not a JSON object with a "text" field')
+        yield text
 
 
 def batches(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[str]]:
@@ -207,40 +222,61 @@ def base_forms(word: str) -> Iterator[str]:
                 yield stem[:-1]
 
 
-def add_text(graph: Graph, facts: TextFacts, min_count: int = 5) -> dict[int, int]:
-    """Join word forms and relations of a text to the `word:` nodes of `graph`; return node -> count.
+def noun_shares(graph: Graph) -> dict[str, float]:
+    """Return word -> share of its senses that are nouns, by WordNet's sense keys: LEMMA%1:... is a noun."""
+    names = list(graph.nodes)
+    senses: Counter[str] = Counter()
+    nouns: Counter[str] = Counter()
+    for head, tail in zip(graph.heads, graph.tails, strict=True):
+        if names[head].startswith("word:") and "%" in names[tail]:
+            word = names[head].removeprefix("word:")
+            senses[word] += 1
+            nouns[word] += names[tail].rpartition("%")[2].startswith("1")
+    return {word: nouns[word] / count for word, count in senses.items()}
+
+
+def add_text(graph: Graph, facts: TextFacts, min_count: int = 5) -> dict[int, float]:
+    """Join word forms and relations of a text to the `word:` nodes of `graph`; return node -> start weight.
 
     A form that is no node itself but an inflection of one becomes a node, linked to its base. What is neither
     (function words, code, misspellings) is left out, and so are relations that mention it. Each form counts
     under the capitalisation that the dictionary has, or under the text's where the dictionary has both.
+
+    The weight is the number of documents with the form, less for what is not a noun: nouns name the things
+    that relations hold between, where "get" or "make" is in every text and says little about any.
     """
     forms: dict[str, Counter[str]] = {}
     for form, count in facts.words.items():
         forms.setdefault(form.lower(), Counter())[form] += count
+    counts = {lowered: spellings.total() for lowered, spellings in forms.items()}
     known = frozenset(node.removeprefix("word:") for node in graph.nodes if node.startswith("word:"))
+    shares = noun_shares(graph)
     names: dict[str, str] = {}
-    counts: dict[int, int] = {}
-    for lowered in sorted(forms):
-        spellings = forms[lowered]
-        count = spellings.total()
+    weights: dict[int, float] = {}
+    for lowered, count in sorted(counts.items()):
         if count < min_count or not is_content(lowered):
             continue
         capital = lowered.capitalize()
-        mostly_capital = spellings[capital] > 0.8 * count
+        mostly_capital = forms[lowered][capital] > 0.8 * count
         preferred = (capital, lowered) if mostly_capital else (lowered, capital)
         spelling = next((form for form in preferred if form in known), None)
-        if spelling is None:
-            base = next((base for base in base_forms(lowered) if base in known and is_content(base)), None)
-            if base is None:
-                continue
+        bases = [base for base in base_forms(lowered) if base in known and is_content(base)]
+        if spelling:
+            share = shares.get(spelling, 1.0)
+        elif bases:
             spelling = lowered
-            graph.add(f"word:{spelling}", "inflection", f"word:{base}")
+            graph.add(f"word:{spelling}", "inflection", f"word:{bases[0]}")
+            share = shares.get(bases[0], 1.0) if lowered.endswith(("s", "men")) else 0.0
+        else:
+            continue
+        if lowered.endswith("ing") and any(counts.get(base, 0) > count for base in bases):
+            share = 0.0  # "using" has a sense as a noun, but is a form of the commoner "use"
         names[lowered] = f"word:{spelling}"
-        counts[graph.nodes[names[lowered]]] = count
+        weights[graph.nodes[names[lowered]]] = count * (share + NOT_A_NOUN * (1 - share))
     for (head, relation, tail), times in sorted(facts.relations.items()):
         if head in names and tail in names:
             graph.add(names[head], relation, names[tail], math.log2(1 + times))
-    return counts
+    return weights
 
 
 def rank_words(graph: Graph, rank: np.ndarray, limit: int) -> list[tuple[str, float]]:
@@ -267,7 +303,7 @@ def write_words(path: Path, words: Sequence[tuple[str, float]], notes: Sequence[
 def read_words(path: Path) -> list[tuple[str, float]]:
     """Return the words and scores of a table. Raises BuildError naming file, line and fault."""
     words: list[tuple[str, float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in read_lines(path):
         if not line.startswith("#"):
             word, _, score = line.partition("\t")
             try:
@@ -326,10 +362,13 @@ def rewrite_kg_data(blob: str, command: str) -> None:
     """Put the blob and the command that made it into kg_data.py, atomically; the decoder there stays."""
     rows = [f'    "{blob[i : i + 104]}"' for i in range(0, len(blob), 104)]
     source = KG_DATA.read_text(encoding="utf-8")
-    source = re.sub(r"(?m)^    python tools.*$", lambda _: f"    {command}", source, count=1)
-    source = re.sub(
-        r"(?ms)^BLOB = \(\n.*?^\)$", lambda _: "\n".join(["BLOB = (", *rows, ")"]), source, count=1
-    )
+    for pattern, text in (
+        (r"^    python tools/build_kg\.py blob.*?$", f"    {command}"),
+        (r"^BLOB = \(\n.*?^\)$", "\n".join(["BLOB = (", *rows, ")"])),
+    ):
+        source, places = re.subn(pattern, lambda _, text=text: text, source, flags=re.MULTILINE | re.DOTALL)
+        if places != 1:
+            raise BuildError(f"{KG_DATA} has {places} places for what matches {pattern!r}, not 1")
     temporary = KG_DATA.with_suffix(".tmp")
     temporary.write_text(source, encoding="utf-8")
     temporary.replace(KG_DATA)
@@ -371,8 +410,8 @@ def run_graph(args: argparse.Namespace) -> None:
         for head, relation, tail in read_edges(path):
             graph.add(head, relation, tail)
     facts = read_facts(args.text, args.processes) if args.text else TextFacts()
-    counts = add_text(graph, facts)
-    reset = np.bincount(list(counts), list(counts.values()), len(graph.nodes)) if counts else None
+    starts = add_text(graph, facts)
+    reset = np.bincount(list(starts), list(starts.values()), len(graph.nodes)) if starts else None
     print(f"read: {time.monotonic() - started:.1f} s, {len(facts.relations)} distinct relations in the text")
     words = rank_words(graph, graph.pagerank(reset), args.words)
     command = ["python", "tools/build_kg.py", "graph"]
@@ -398,11 +437,15 @@ def run_blob(args: argparse.Namespace) -> None:
     import sentencepiece  # only this step needs it
 
     started = time.monotonic()
+    words = read_words(args.words)
     if not args.tokenizer.is_file():
         raise BuildError(f"no tokenizer at {args.tokenizer}")
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer))
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.load(str(args.tokenizer))
+    except RuntimeError as error:
+        raise BuildError(f"{args.tokenizer} is no SentencePiece model") from error
     pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
-    words = read_words(args.words)
     scores = token_scores(words, tokenizer.encode, pieces)
     blob = pack(scores, pieces)
     importance = kg_data.decode(pieces, blob)
@@ -423,6 +466,13 @@ def run_blob(args: argparse.Namespace) -> None:
     print_costs(started)
 
 
+def positive(text: str) -> int:
+    """Parse a positive whole number; argparse reports the ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     summary, _, details = (__doc__ or "").partition("\n\n")
@@ -435,8 +485,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--text", type=Path, action="append", default=[], help="text or JSON lines; repeatable"
     )
     graph.add_argument("--source", action="append", default=[], help="source and licence, for the header")
-    graph.add_argument("--words", type=int, default=4000, help="how many words to keep (%(default)s)")
-    graph.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="for text (%(default)s)")
+    graph.add_argument("--words", type=positive, default=4000, help="how many words to keep (%(default)s)")
+    graph.add_argument(
+        "--processes", type=positive, default=os.cpu_count() or 1, help="for text (%(default)s)"
+    )
     graph.add_argument("--out", type=Path, default=KG_WORDS, help="word table (data/kg_words.tsv)")
     graph.set_defaults(run=run_graph)
     blob = steps.add_parser("blob", help="word table -> blob for a tokenizer")
@@ -456,8 +508,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"build_kg: {error}", file=sys.stderr)
     except ImportError as error:
         print(f"build_kg: this step needs {error.name}: pip install {error.name}", file=sys.stderr)
-    except UnicodeDecodeError as error:
-        print(f"build_kg: input is not UTF-8: {error}", file=sys.stderr)
     else:
         return 0
     return 2

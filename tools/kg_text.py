@@ -58,7 +58,7 @@ ADVERBS = word_set(  # of degree, focus, frequency and connection
     not never also often usually always sometimes generally typically frequently mostly mainly largely
     only just even still already now again once ever too very quite rather almost nearly really perhaps
     maybe probably directly actually simply thereby soon later away back together instead indeed well
-    yes please etc eg ie
+    yes please etc eg ie today tomorrow yesterday
     """
 )
 CLOSED_CLASS = DETERMINERS | PRONOUNS | PREPOSITIONS | CONJUNCTIONS | AUXILIARIES | ADVERBS
@@ -88,17 +88,17 @@ ACTIVE_VERBS = {
     "ENABLES": "enable;allow;permit;facilitate",
     "IMPROVES": "improve;enhance;boost;strengthen;speed|up",
     "PART_OF": "belong|to;<contain;<comprise;<consist|of;<include",
-    "ALTERNATIVE_TO": "replace;supersede;substitute|for",
-    "CONNECTS_TO": "connect|to;connect|with;link|to;relate|to;interact|with;correspond|to;communicate|with",
+    "ALTERNATIVE_TO": "supersede;substitute|for",
+    "CONNECTS_TO": "connect|to;connect|with;relate|to;interact|with;correspond|to;communicate|with",
 }
 IRREGULAR_PAST = {"lead": "led", "give": "gave", "bring": "brought", "run": "ran"}
 COPULA_PHRASES = {
-    "CAUSES": "<caused by;<due to;<the result of;the cause of;the causes of;responsible for",
+    "CAUSES": "<caused by;<due to;<the result of;the cause of;the causes of",
     "REQUIRES": "<required for;<required by;<essential for;<essential to;<necessary for;<needed for;"
     "dependent on",
     "SOLVES": "a solution to;a solution for;the solution to;a cure for;a remedy for;<solved by;<resolved by",
     "CONTRADICTS": "incompatible with;inconsistent with;contrary to;the opposite of;at odds with",
-    "ENABLES": "<enabled by;<made possible by",
+    "ENABLES": "<made possible by",
     "IMPROVES": "<improved by;<enhanced by",
     "PART_OF": "part of;a part of;an important part of;a component of;a member of;<composed of;<made up of",
     "ALTERNATIVE_TO": "an alternative to;a substitute for;a replacement for;replaced by;replaced with",
@@ -216,7 +216,7 @@ def subject_before(tokens: Sequence[str]) -> tuple[str, set[str]] | None:
         if not 0 < end - start <= MAX_PHRASE_WORDS:
             return None
         head = tokens[end - 1]
-        if start and tokens[start - 1] in DETERMINERS:
+        if start and tokens[start - 1] in DETERMINERS - CLAUSE_STARTS:
             start -= 1
         if start == 0 or not tokens[start - 1][0].isalnum() or tokens[start - 1] in CLAUSE_STARTS:
             negated = start < end and tokens[start] in NEGATIONS
@@ -233,7 +233,8 @@ def head_before(tokens: Sequence[str], place: str) -> str | None:
     A verb agrees with its subject in number: that tells "storms cause damage" from "root cause analysis".
     """
     if place == "infix":
-        return tokens[-1] if tokens and is_content(tokens[-1]) else None
+        nouns = [token for token in tokens[-2:] if token not in {"come", "comes", "came"}][-1:]
+        return nouns[0] if nouns and is_content(nouns[0]) else None
     subject = subject_before(tokens)
     if subject is None:
         return None
@@ -266,7 +267,7 @@ def extract_relations(text: str) -> list[tuple[str, str, str]]:
             if second:
                 found.append((tail, relation, second[0]))
             continue
-        if relation == "ENABLES" and len(rest) > 1 and rest[0] == "to" and is_content(rest[1]):
+        if relation in {"CAUSES", "ENABLES"} and len(rest) > 1 and rest[0] == "to" and is_content(rest[1]):
             tail = rest[1]  # "allows users to upload" enables the upload
         start = max(0, match.start() - CONTEXT_CHARACTERS)
         before = ("x " if start else "") + text[

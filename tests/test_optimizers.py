@@ -87,7 +87,7 @@ def drive_muon(
 @pytest.mark.parametrize("bank", "ABC")
 @pytest.mark.parametrize("script", ["muon1081", "muon700", "muon150"])
 def test_muon_follows_the_recorded_trajectory(script, bank):
-    """The scripts iterate in bf16, hence lr·0.05; 1081 keeps its momentum in bf16 too, the others in fp32.
+    """The scripts iterate in bf16, hence lr·0.05 a step; 1081 keeps its momentum in bf16 too, the others in fp32.
 
     Only the end of the trajectory was recorded: the arrays w1 and w2 hold the same numbers as w3. The steps between
     are checked by `test_muon_is_decay_first_then_a_scaled_orthogonal_step`.
@@ -100,8 +100,8 @@ def test_muon_follows_the_recorded_trajectory(script, bank):
 
     lr, momentum, wd = 0.02, 0.95, 0.04
     weights, last = drive_muon(recorded("w0"), [recorded(f"grad{t}") for t in range(3)], lr, momentum, wd)
-    torch.testing.assert_close(weights[-1], recorded("w3"), rtol=0, atol=lr * 0.05)
-    assert (recorded("w0") - recorded("w3")).abs().max() > lr  # twenty times the tolerance
+    torch.testing.assert_close(weights[-1], recorded("w3"), rtol=0, atol=3 * lr * 0.05)
+    assert (recorded("w0") - recorded("w3")).abs().max() > lr  # many times the tolerance
     torch.testing.assert_close(last, recorded("momentum3"), rtol=0, atol=3e-3 if script == "muon1081" else 1e-6)
 
 

@@ -45,7 +45,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def tokens(seed: int, count: int) -> np.ndarray:
         return np.concatenate([[1, *tokenizer.encode(text)] for text in make_documents(seed, count)])
 
-    train, val = tokens(1, 160), tokens(2, 30)
+    train, val = tokens(1, 240), tokens(2, 60)
     write_shard(folder / "tiny_train_000000.bin", train[: len(train) // 3])
     write_shard(folder / "tiny_train_000001.bin", train[len(train) // 3 :])
     assert len(train) > 20 * 12 * 32
@@ -64,6 +64,7 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[[dict[str, str]], Ou
         capfd.readouterr()
         with patch.dict(os.environ, environ, clear=True):
             code = train_gpt.main()
-        return Outcome(code, *capfd.readouterr())
+        streams = capfd.readouterr()
+        return Outcome(code, streams.out, streams.err)
 
     return run

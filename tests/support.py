@@ -17,15 +17,16 @@ import numpy as np
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "train_gpt.py"
-TINY_VOCAB = 300  # 4 control and 256 byte pieces leave 40 for letters and merges
+TINY_VOCAB = 384  # 4 control and 256 byte pieces leave 124 for letters and merges
 VAL_TARGETS = 1100  # targets of the tiny validation split; no multiple of any window or stride used here
 
-WORDS = (
+WORD_TEXT = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which "
     "one you were her all she there would their we him been has when who will more no if out so said what up its about "
     "model token byte stream window score language river mountain winter letter garden market history music science"
-).split()
-UNICODE_WORDS = "naïve Zürich façade Ελλάδα Москва 東京 日本語 € “quoted” 😀 👩‍👩‍👧 ½ ﬁne".split()
+)
+UNICODE_TEXT = "naïve Zürich façade Ελλάδα Москва 東京 日本語 € “quoted” 😀 👩‍👩‍👧 ½ ﬁne"
+WORDS, UNICODE_WORDS = WORD_TEXT.split(), UNICODE_TEXT.split()
 
 
 def make_documents(seed: int, count: int) -> list[str]:
@@ -127,18 +128,18 @@ def formula_values(name: str, shape: Sequence[int], center: float = 0.0, amp: fl
     return (center + amp * uniform).astype(np.float32).reshape(shape)
 
 
+def _shared_folders() -> list[Path]:
+    """Where files may lie that are not part of the repository: $SHARED_DIR, or ../shared."""
+    named = [Path(os.environ["SHARED_DIR"])] if "SHARED_DIR" in os.environ else []
+    return [folder for root in (*named, REPO.parent / "shared") for folder in (root, root / "data", root.parent)]
+
+
 def golden_folder() -> Path | None:
-    """Where the reference vectors lie: beside the tests, or in the folder shared by checkouts."""
-    for folder in (REPO / "tests" / "golden", REPO.parent / "shared" / "golden"):
-        if (folder / "sliding.json").exists():
-            return folder
-    return None
+    """The reference vectors: beside the tests, or in a shared folder."""
+    folders = [REPO / "tests" / "golden", *(folder / "golden" for folder in _shared_folders())]
+    return next((folder for folder in folders if (folder / "sliding.json").exists()), None)
 
 
 def shared_data(name: str) -> Path | None:
-    """A data file that is not part of the repository: in $SHARED_DIR, or in ../shared/data."""
-    folders = [Path(os.environ["SHARED_DIR"])] if "SHARED_DIR" in os.environ else []
-    for folder in (*folders, *(folder / "data" for folder in folders), REPO.parent / "shared" / "data"):
-        if (folder / name).exists():
-            return folder / name
-    return None
+    """A data file that is not part of the repository."""
+    return next((folder / name for folder in _shared_folders() if (folder / name).exists()), None)

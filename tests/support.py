@@ -118,14 +118,14 @@ def train_rows(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in events if "train_loss" in row]
 
 
-def formula_values(name: str, shape: Sequence[int], center: float = 0.0, amp: float = 1.0) -> np.ndarray:
+def formula_values(name: str, shape: Sequence[int], center: float | np.ndarray = 0.0, amp: float = 1.0) -> np.ndarray:
     """float32 numbers defined by a name alone, those that the golden vectors were made with."""
     x = (np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint64) + zlib.crc32(name.encode())) & 0xFFFFFFFF
     for _ in range(2):
         x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x045D9F3B)) & np.uint64(0xFFFFFFFF)
     x ^= x >> np.uint64(16)
     uniform = x.astype(np.float64) / 2.0**31 - 1
-    return (center + amp * uniform).astype(np.float32).reshape(shape)
+    return np.asarray(center + amp * uniform.reshape(shape), dtype=np.float32)
 
 
 def _shared_folders() -> list[Path]:

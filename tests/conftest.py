@@ -16,7 +16,16 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from support import TINY_VOCAB, VAL_TARGETS, make_documents, train_tokenizer, write_shard  # noqa: E402
+from support import (  # noqa: E402
+    TINY_VOCAB,
+    VAL_TARGETS,
+    Run,
+    make_documents,
+    run_script,
+    tiny_environ,
+    train_tokenizer,
+    write_shard,
+)
 
 
 class Outcome(NamedTuple):
@@ -53,6 +62,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shard(folder / "tiny_val_000000.bin", val[:700])
     write_shard(folder / "tiny_val_000001.bin", val[700 : VAL_TARGETS + 1])
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One whole run of the tiny settings in a process of its own; tests read it and leave it as it is."""
+    environ = tiny_environ(tiny_data, tmp_path_factory.mktemp("tiny_run"), VAL_LOSS_EVERY=10)
+    process = run_script(environ)
+    assert process.returncode == 0, process.stderr
+    return Run(environ, process)
 
 
 @pytest.fixture

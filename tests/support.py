@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,12 +49,14 @@ def train_tokenizer(path: Path, vocab_size: int, **options: Any) -> None:
     """A byte-fallback BPE model with the ids that data/prepare.py uses: pad 0, BOS 1, EOS 2, unknown 3."""
     import sentencepiece
 
+    settings: dict[str, Any] = dict(
+        model_type="bpe", vocab_size=vocab_size, character_coverage=0.98, byte_fallback=True, split_digits=True,
+        add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, minloglevel=2,
+    )  # fmt: skip
     with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(make_documents(7, 400)), model_writer=file, model_type="bpe",
-            vocab_size=vocab_size, character_coverage=0.98, byte_fallback=True, split_digits=True, pad_id=0, bos_id=1,
-            eos_id=2, unk_id=3, num_threads=1, minloglevel=2, **{"add_dummy_prefix": False, **options},
-        )  # fmt: skip
+        texts = iter(make_documents(7, 400))
+        settings |= options
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=file, **settings)
 
 
 def write_shard(
@@ -91,14 +93,41 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_script(environ: dict[str, str], nproc: int = 1, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run_script(
+    environ: dict[str, str], nproc: int = 1, timeout_s: float = 120, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run train_gpt.py as a user does: by itself, or for several ranks under torchrun on this machine."""
     command = [sys.executable]
     if nproc > 1:
         command += ["-m", "torch.distributed.run", "--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1"]
         command += [f"--master_port={free_port()}", f"--nproc_per_node={nproc}"]
     command.append(str(SCRIPT))
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(
+        command, env=environ, cwd=cwd, capture_output=True, encoding="utf-8", timeout=timeout_s, check=False
+    )
+
+
+class Run(NamedTuple):
+    """A finished run: the environment it had and what its process left."""
+
+    environ: dict[str, str]
+    process: subprocess.CompletedProcess[str]
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.environ["OUT_DIR"])
+
+    @property
+    def artifact(self) -> Path:
+        return self.out_dir / "final_model.int6.ptz"
+
+    @property
+    def log(self) -> str:
+        return (self.out_dir / "logs" / "run.txt").read_text(encoding="utf-8")
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return read_events(self.out_dir / "logs" / "run.jsonl")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -60,15 +60,16 @@ def load(tmp_path):
     return from_bytes
 
 
-def tensors_of(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors_of(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The file opened with the two libraries alone: tensors and metadata."""
     payload = zstandard.ZstdDecompressor().decompress(data)
     header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    return safetensors.torch.load(payload), header["__metadata__"]
+    return safetensors.torch.load(payload), json.loads(header["__metadata__"]["train_gpt"])
 
 
-def pack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    return zstandard.ZstdCompressor(write_checksum=True).compress(safetensors.torch.save(tensors, metadata))
+def pack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    payload = safetensors.torch.save(tensors, {"train_gpt": json.dumps(metadata)})
+    return zstandard.ZstdCompressor(write_checksum=True).compress(payload)
 
 
 # Round trip -----------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def test_every_recipe_survives_the_round_trip(recipe, tmp_path):
     model = trained_like(config)
     train_gpt.save_artifact(model, DIGEST, tmp_path / "a.ptz")
     loaded, stored, _ = train_gpt.load_artifact(tmp_path / "a.ptz")
-    assert stored == dataclasses.replace(config, mtp_num_heads=0)
+    assert stored == config.portable()
     train_gpt.save_artifact(loaded, DIGEST, tmp_path / "b.ptz")
     again, _, _ = train_gpt.load_artifact(tmp_path / "b.ptz")
     ids = random_ids(config, 1, 24)
@@ -145,12 +146,11 @@ def test_multi_token_heads_stay_behind(model, good, load):
     assert any(name.startswith("mtp_heads.") for name in model.state_dict())
     tensors, metadata = tensors_of(good)
     assert not any("mtp" in name for name in tensors)
-    assert "mtp_heads" not in metadata["plan"]
+    assert not [name for name in metadata["plan"] if name.startswith("mtp_heads")]
     loaded, config, _ = load(good)
     assert len(loaded.mtp_heads) == config.mtp_num_heads == 0
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors writes the metadata's keys in a random order")
 def test_the_same_weights_make_the_same_file(model, tmp_path):
     files = set()
     for i in range(8):
@@ -161,7 +161,7 @@ def test_the_same_weights_make_the_same_file(model, tmp_path):
 
 def test_levels_stay_in_their_bits_and_file_has_a_checksum(good):
     tensors, metadata = tensors_of(good)
-    plan = json.loads(metadata["plan"])
+    plan = metadata["plan"]
     for name in train_gpt.BANK_NAMES:
         assert plan[name] == "int6"
         assert tensors[f"{name}.levels"].dtype == torch.int8
@@ -286,7 +286,7 @@ def changed_metadata() -> dict[str, dict[str, Any]]:
     """Metadata whose checksum is right and whose content is wrong."""
     config = json.loads(tiny_config(mtp_num_heads=0).to_json())
     return {
-        "format of the future": {"format": "999"},
+        "format of the future": {"format": 999},
         "config is text": {"config": "not json"},
         "config is a list": {"config": "[]"},
         "config lacks a field": {"config": json.dumps({k: v for k, v in config.items() if k != "seed"})},
@@ -294,17 +294,13 @@ def changed_metadata() -> dict[str, dict[str, Any]]:
         "config out of range": {"config": json.dumps(config | {"num_layers": -1})},
         "config of wrong types": {"config": json.dumps(config | {"num_layers": "four"})},
         "config of nulls": {"config": json.dumps(dict.fromkeys(config))},
-        "plan lacks a tensor": {"plan": "{}"},
-        "plan is no JSON": {"plan": "{"},
-        "plan names an unknown tensor": {"plan": json.dumps({"no.such.tensor": "fp16"})},
-        "plan has an odd codec": {"plan": json.dumps({"tok_emb.weight": "intx"})},
+        "plan lacks a tensor": {"plan": {}},
+        "plan is text": {"plan": "{"},
+        "plan is a list": {"plan": []},
+        "plan names an unknown tensor": {"plan": {"no.such.tensor": "fp16"}},
+        "plan has an odd codec": {"plan": {"tok_emb.weight": "intx"}},
+        "plan's codec is a number": {"plan": {"tok_emb.weight": 8}},
     }
-
-
-UNCAUGHT = {
-    "plan is a list": {"plan": "[]"},
-    "plan's codec is a number": {"plan": json.dumps({"tok_emb.weight": 8})},
-}
 
 
 @pytest.mark.parametrize("kind", changed_metadata())
@@ -312,14 +308,6 @@ def test_wrong_metadata_is_refused(kind, good, load):
     tensors, metadata = tensors_of(good)
     with pytest.raises(train_gpt.ArtifactError):
         load(pack(tensors, metadata | changed_metadata()[kind]))
-
-
-@pytest.mark.xfail(raises=AttributeError, strict=True, reason="an AttributeError is not turned into an ArtifactError")
-@pytest.mark.parametrize("kind", UNCAUGHT)
-def test_a_plan_that_is_no_table_of_names_is_refused(kind, good, load):
-    tensors, metadata = tensors_of(good)
-    with pytest.raises(train_gpt.ArtifactError):
-        load(pack(tensors, metadata | UNCAUGHT[kind]))
 
 
 @pytest.mark.parametrize("key", ["format", "config", "plan"])

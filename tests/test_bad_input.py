@@ -116,7 +116,6 @@ def test_an_empty_validation_split(run_main, data, tmp_path, tokens):
     assert_one_error_line(*run_main(tiny_environ(data, tmp_path)), "validation split", data)
 
 
-@pytest.mark.xfail(strict=True, reason="ZeroDivisionError at the first batch")
 def test_an_empty_train_split(run_main, data, tmp_path):
     (data / "tiny_train_000001.bin").unlink()
     write_shard(data / "tiny_train_000000.bin", [])

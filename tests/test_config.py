@@ -184,13 +184,11 @@ def test_a_wrong_value_is_named_with_what_is_allowed(variable, text, allowed):
     assert "\n" not in message
 
 
-@pytest.mark.xfail(strict=True, reason="ROPE_DIMS=0 means all dimensions, and with two of them NTK divides by zero")
 def test_heads_of_two_channels_cannot_rotate():
     with pytest.raises(ConfigError):
         Config.from_env({"MODEL_DIM": "16", "ROPE_DIMS": "0"})
 
 
-@pytest.mark.xfail(strict=True, reason="the first of two scales of one layer would never receive a gradient")
 def test_a_layer_named_twice_is_refused():
     with pytest.raises(ConfigError, match="VE_LAYERS"):
         Config.from_env({"VE_LAYERS": "9,9"})

@@ -103,7 +103,6 @@ def test_stream_reads_what_the_repeated_concatenation_holds(tmp_path_factory, si
     assert found.tolist() == expected.tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="ZeroDivisionError, a traceback, at the first batch")
 def test_a_train_split_without_a_token_is_a_data_error(tmp_path):
     path = write_shard(tmp_path / "x_train_0.bin", [])
     with pytest.raises(DataError, match=r"train"):

@@ -1,6 +1,5 @@
 """The artifact: complete, the same after a round trip, refused when damaged or foreign, counted in full."""
 
-import dataclasses
 import errno
 import gzip
 import io

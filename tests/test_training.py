@@ -371,6 +371,8 @@ def test_jsonl_has_the_numbers_of_the_log(tiny_run: Run):
     compared = 0
     for row in tiny_run.events:
         name = row.pop("event")
+        if name in ("artifact_bytes", "code_bytes", "total_bytes"):
+            continue  # their lines keep the established wording; test_the_ledger_is_what_lies_on_disk compares them
         line = next(line for line in lines if line == name or line.startswith(name + " "))
         if name == "config":
             assert row == json.loads(json.dumps(dataclasses.asdict(Config.from_env(tiny_run.environ))))

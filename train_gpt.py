@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -215,29 +215,47 @@ class Config:
             _expect(low <= getattr(self, name) <= high, self, name, f"a value from {low:g} to {high:g}")
         for name, allowed in FIELD_CHOICES.items():
             _expect(getattr(self, name) in allowed, self, name, "one of " + ", ".join(map(str, allowed)))
-        heads = self.num_heads
-        _expect(self.model_dim % heads == 0, self, "model_dim", f"a multiple of NUM_HEADS={heads}")
-        _expect(self.head_dim % 2 == 0, self, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)")
-        _expect(heads % self.num_kv_heads == 0, self, "num_kv_heads", f"a divisor of NUM_HEADS={heads}")
-        _expect(self.mlp_mult * self.model_dim % 1 == 0, self, "mlp_mult", "MLP_MULT × MODEL_DIM to be whole")
-        rope_ok = self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim and self.rope_dims != 2
-        _expect(rope_ok, self, "rope_dims", f"0 (all) or an even number from 4 to {self.head_dim}")
-        _expect(self.xsa_last_n <= self.num_layers, self, "xsa_last_n", f"at most NUM_LAYERS={self.num_layers}")
-        ve_ok = all(0 <= layer < self.num_layers for layer in self.ve_layers)
-        _expect(ve_ok, self, "ve_layers", f"layers from 0 to {self.num_layers - 1}")
-        stride_ok = self.eval_stride <= self.eval_seq_len
-        _expect(stride_ok, self, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
-        chunk_ok = self.ttt_chunk_tokens >= self.eval_seq_len  # else a chunk would be trained on before it is scored
-        _expect(chunk_ok, self, "ttt_chunk_tokens", f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
-        mtp_ok = self.mtp_num_heads < self.train_seq_len
-        _expect(mtp_ok, self, "mtp_num_heads", f"fewer than TRAIN_SEQ_LEN={self.train_seq_len}")
-        alpha_ok = self.alpha_base + self.alpha_range <= 1
-        _expect(alpha_ok, self, "alpha_range", f"at most 1 - ALPHA_BASE = {1 - self.alpha_base:g}")
-        power_ok = self.ngram_buckets & (self.ngram_buckets - 1) == 0
-        _expect(power_ok, self, "ngram_buckets", "a power of two")
-        whole = self.train_batch_tokens % self.train_seq_len == 0
-        _expect(whole, self, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}")
+        heads, layers, rotated = self.num_heads, self.num_layers, self.rope_dims or self.head_dim
+        frozen = self.ttt_freeze_blocks if self.ttt_enabled else 0
+        rules = (
+            (self.model_dim % heads == 0, "model_dim", f"a multiple of NUM_HEADS={heads}"),
+            (self.head_dim % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
+            (heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={heads}"),
+            (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "MLP_MULT × MODEL_DIM to be whole"),
+            (
+                rotated % 2 == 0 and 4 <= rotated <= self.head_dim,
+                "rope_dims",
+                f"0 (all) or an even number from 4 to {self.head_dim}",
+            ),
+            (self.xsa_last_n <= layers, "xsa_last_n", f"at most NUM_LAYERS={layers}"),
+            (set(self.ve_layers) <= set(range(layers)), "ve_layers", f"layers from 0 to {layers - 1}"),
+            (len(set(self.ve_layers)) == len(self.ve_layers), "ve_layers", "no layer twice"),
+            (self.eval_stride <= self.eval_seq_len, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
+            # A shorter chunk would be trained on before all of it is scored.
+            (
+                not self.ttt_enabled or self.ttt_chunk_tokens >= self.eval_seq_len,
+                "ttt_chunk_tokens",
+                f"at least EVAL_SEQ_LEN={self.eval_seq_len}",
+            ),
+            (self.alpha_base + self.alpha_range <= 1, "alpha_range", f"at most 1 - ALPHA_BASE={self.alpha_base:g}"),
+            (self.ngram_buckets & (self.ngram_buckets - 1) == 0, "ngram_buckets", "a power of two"),
+            (frozen <= layers, "ttt_freeze_blocks", f"at most NUM_LAYERS={layers}"),
+            (self.mtp_num_heads < self.train_seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (
+                self.train_batch_tokens % self.train_seq_len == 0,
+                "train_batch_tokens",
+                f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}",
+            ),
+        )
+        for ok, name, allowed in rules:
+            _expect(ok, self, name, allowed)
         return self
+
+    def portable(self) -> Config:
+        """The config that goes into an artifact: no MTP heads, and no path of the machine that trained it."""
+        defaults = Config()
+        names = ("data_path", "tokenizer_path", "kg_path", "out_dir", "run_id", "artifact")
+        return dataclasses.replace(self, mtp_num_heads=0, **{name: getattr(defaults, name) for name in names})
 
     @property
     def head_dim(self) -> int:
@@ -331,12 +349,13 @@ def _parse(variable: str, text: str, kind: Any) -> Any:
 def _reject_misspelt(environ: Mapping[str, str], known: set[str]) -> None:
     """A variable that is nearly a field's name would be ignored in silence, so it is an error."""
     squeezed = {name.replace("_", ""): name for name in known}
-    for name in sorted(set(environ) - known):
+    for name in sorted(set(environ) - known - {"COMPILER", "NUM_THREADS"}):  # near, and in ordinary use
         upper = name.upper()
         exact = squeezed.get(upper.replace("_", ""))
         close = [exact] if exact else difflib.get_close_matches(upper, sorted(known), n=1, cutoff=0.88)
         if close:
-            raise ConfigError(f"the variable {name} is no setting; did you mean {close[0]}? Rename or unset it")
+            text = f"{name}={environ[name]!r}"
+            raise ConfigError(f"{text} is no setting of this program; did you mean {close[0]}? Rename or unset it")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -346,9 +365,9 @@ class Runtime:
     """Rank, device and collectives of this process; a context manager that joins and leaves the group."""
 
     def __init__(self, config: Config, environ: Mapping[str, str]):
-        self.rank = int(environ.get("RANK", "0"))
-        self.local_rank = int(environ.get("LOCAL_RANK", "0"))
-        self.world_size = int(environ.get("WORLD_SIZE", "1"))
+        self.rank = _parse("RANK", environ.get("RANK", "0"), int)
+        self.local_rank = _parse("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
+        self.world_size = _parse("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
         self.device = self._pick_device(config.device)
         self.control_group: Any = None
 
@@ -377,6 +396,9 @@ class Runtime:
 
     def __exit__(self, *exc_info: object) -> None:
         if self.world_size > 1:
+            if exc_info[0] is None:
+                dist.barrier()  # no rank leaves while another still uses the connection
+            self.control_group = None
             dist.destroy_process_group()
 
     @property
@@ -464,6 +486,7 @@ class RunLog:
     def __init__(self, config: Config, runtime: Runtime):
         self.active = runtime.is_main
         self.bar_width = 0
+        self.failed = False
         if not self.active:
             return
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -475,9 +498,8 @@ class RunLog:
             self.json_file = (folder / f"{self.run_id}.jsonl").open("w", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write logs to {folder} (OUT_DIR, RUN_ID): {error.strerror}") from error
-        for path in code_paths():
-            self.text_file.write(f"===== {path.name} =====\n{path.read_text(encoding='utf-8')}\n")
-        self.text_file.write("===== log =====\n")
+        sources = [f"===== {path.name} =====\n{path.read_text(encoding='utf-8')}\n" for path in code_paths()]
+        self._write(self.text_file, "".join([*sources, "===== log =====\n"]))
 
     def line(self, text: str) -> None:
         """Text for people alone."""
@@ -485,8 +507,17 @@ class RunLog:
             return
         self._clear_bar()
         print(text, flush=True)  # noqa: T201 (the console is this log's first half)
-        self.text_file.write(text + "\n")
-        self.text_file.flush()
+        self._write(self.text_file, text + "\n")
+
+    def _write(self, file: TextIO, text: str) -> None:
+        """A log that cannot be written must not cost the run: say so once and go on."""
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            if not self.failed:
+                sys.stderr.write(f"warning: cannot write the log {file.name}: {error.strerror}; the run goes on\n")
+            self.failed = True
 
     def row(self, event: str, note: str = "", text: str = "", **fields: Any) -> None:
         """One event: `event key:value … note` (or `text`) for people, the same numbers as JSON for machines.
@@ -499,8 +530,7 @@ class RunLog:
         parts = [event, *(_key_value(name, value, digits) for name, value in fields.items()), note]
         self.line(text or " ".join(part for part in parts if part))
         record = {"event": event, **fields} | ({"note": note} if note else {})
-        self.json_file.write(json.dumps(record) + "\n")
-        self.json_file.flush()
+        self._write(self.json_file, json.dumps(record) + "\n")
 
     def progress(self, done: int, total: int, text: str) -> None:
         """Redraw the bar, on a terminal only."""
@@ -521,8 +551,9 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self._clear_bar()
-            self.text_file.close()
-            self.json_file.close()
+            with contextlib.suppress(OSError):  # what could not be flushed was already reported
+                self.text_file.close()
+                self.json_file.close()
 
 
 def _key_value(name: str, value: Any, digits: int) -> str:
@@ -596,6 +627,8 @@ class TokenStream:
         for path, shard in zip(self.paths, self.shards):
             check_vocabulary(shard[: self.CHECKED_AT_OPEN], vocab_size, path)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+        if len(self) < 2:
+            raise DataError(f"the train split in {self.paths[0].parent} is empty: {len(self)} tokens of 2")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -765,22 +798,43 @@ class Grid:
         return self.decode(self.encode(weight, scale), scale)
 
 
-class FakeQuantize(torch.autograd.Function):
+@torch.library.custom_op("train_gpt::fake_quantize", mutates_args=(), schema="(Tensor weight, int bits) -> Tensor")
+def fake_quantize(weight: Tensor, bits: int) -> Tensor:
     """The weight as the artifact would hold it; the gradient passes straight through (arXiv 1308.3432).
 
-    Not written as w + (q - w).detach(): that sum rounds, and the value would no longer be the decoded one.
+    An operator of its own, so that no compiler fuses the rounding of the scale to fp16 away, and not written as
+    w + (q - w).detach(): that sum rounds. Either way the value would no longer be the decoded one.
     """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:  # noqa: ARG004 (autograd's signature)
-        return Grid(bits).round_trip(weight).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore  # noqa: ARG004
-        return grad, None
+    return Grid(bits).round_trip(weight).to(weight.dtype)
 
 
-EMBEDDING_GRID = Grid(8)
+@fake_quantize.register_fake
+def _fake_quantize_shape(weight: Tensor, bits: int) -> Tensor:  # noqa: ARG001 (the operator's signature)
+    return torch.empty_like(weight)
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG001
+    return grad, None
+
+
+torch.library.register_autograd("train_gpt::fake_quantize", _straight_through)
+
+PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors and scalars in fp32
+
+
+def export_plan(model: GPT) -> dict[str, str]:
+    """How the artifact stores each tensor: `int5`…`int8`, `fp16` or `fp32`; QAT follows it. No MTP heads."""
+    codecs = {"bank": f"int{model.config.qat_bits or 6}"} | dict.fromkeys(ALWAYS_INT8_ROLES, "int8")
+    plan = {}
+    for name, role in model.parameter_roles().items():
+        shape = model.get_parameter(name).shape
+        small = "fp32" if len(shape) < 2 else "fp16"
+        if role != "mtp_head":
+            plan[name] = codecs.get(role, "int8" if shape.numel() > PASSTHROUGH_MAX_ELEMENTS else small)
+    return plan
+
+
+ALWAYS_INT8_ROLES = ("tied_embedding", "untied_embedding", "output_head")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1006,6 +1060,7 @@ class GPT(nn.Module):
         self.mtp_heads = nn.ModuleList(
             nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.mtp_num_heads)
         )
+        self.plan = export_plan(self)
         if initialize:
             self._init_weights()
 
@@ -1038,36 +1093,37 @@ class GPT(nn.Module):
         on_cuda = self.tok_emb.weight.is_cuda
         return self.compute_dtype or (torch.bfloat16 if on_cuda else torch.float32)
 
-    def _weight(self, weight: Tensor, qat_bits: int) -> Tensor:
-        return (FakeQuantize.apply(weight, qat_bits) if qat_bits else weight).to(self.dtype)
+    def _weight(self, name: str, qat: bool) -> Tensor:
+        """A matrix in the compute dtype; with QAT as the artifact's integers would give it back."""
+        weight, codec = self.get_parameter(name), self.plan[name]
+        if qat and codec.startswith("int"):
+            weight = fake_quantize(weight, int(codec.removeprefix("int")))
+        return weight.to(self.dtype)
 
     def _layer_weights(self, qat: bool) -> list[LayerWeights]:
         """Slices by unbind, whose backward writes each bank's gradient once (indexing would add L full banks)."""
-        L, bits = self.config.num_layers, self.config.qat_bits if qat else 0
-        qo, kv = self._weight(self.qo_bank, bits).unbind(), self._weight(self.kv_bank, bits).unbind()
-        up, down = self._weight(self.mlp_up_bank, bits).unbind(), self._weight(self.mlp_down_bank, bits).unbind()
+        L = self.config.num_layers
+        up, down, qo, kv = (self._weight(name, qat).unbind() for name in BANK_NAMES)
         return [LayerWeights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i]) for i in range(L)]
 
-    def _embed(self, ids: Tensor, token_table: Tensor, embedding_bits: int) -> Tensor:
-        bigram = F.embedding(self.bigram.bucket(ids), self._weight(self.bigram.embed.weight, embedding_bits))
-        bigram = F.linear(bigram, self.bigram.proj.weight.to(self.dtype)) * self.bigram.scale.to(self.dtype)
+    def _embed(self, ids: Tensor, token_table: Tensor, qat: bool) -> Tensor:
+        bigram = F.embedding(self.bigram.bucket(ids), self._weight("bigram.embed.weight", qat))
+        bigram = F.linear(bigram, self._weight("bigram.proj.weight", qat)) * self.bigram.scale.to(self.dtype)
         return self.smear(rms_norm(F.embedding(ids, token_table) + bigram), ids)
 
-    def _value_embeds(self, ids: Tensor, embedding_bits: int) -> dict[int, Tensor]:
+    def _value_embeds(self, ids: Tensor, qat: bool) -> dict[int, Tensor]:
         if not self.config.ve_layers:
             return {}
-        table = self._weight(self.ve_shared.embed.weight, embedding_bits)
-        shared = F.linear(F.embedding(ids, table), self.ve_shared.proj.weight.to(self.dtype))
-        shared = shared * self.ve_shared.scale.to(self.dtype)
+        embedded = F.embedding(ids, self._weight("ve_shared.embed.weight", qat))
+        shared = F.linear(embedded, self._weight("ve_shared.proj.weight", qat)) * self.ve_shared.scale.to(self.dtype)
         scales = zip(self.config.ve_layers, self.ve_layer_scales)
         return {layer: shared * scale.to(self.dtype) for layer, scale in scales}
 
     def forward_hidden(self, ids: Tensor, qat: bool = False) -> tuple[Tensor, Tensor]:
         """The trunk: ids (B, T) → normalised hidden states (B, T, D) and the output matrix (V, D)."""
-        embedding_bits = EMBEDDING_GRID.bits if qat else 0
-        token_table = self._weight(self.tok_emb.weight, embedding_bits)
-        x = x0 = self._embed(ids, token_table, embedding_bits)
-        value_embeds = self._value_embeds(ids, embedding_bits)
+        token_table = self._weight("tok_emb.weight", qat)
+        x = x0 = self._embed(ids, token_table, qat)
+        value_embeds = self._value_embeds(ids, qat)
         cos, sin = rope_tables(self.config, ids.size(1), x)
         weights = self._layer_weights(qat)
         skips: list[Tensor] = []
@@ -1078,9 +1134,8 @@ class GPT(nn.Module):
             x = block(x, x0, weights[layer], LayerContext(cos, sin, value_embeds.get(layer), self.attend))
             if layer < self.num_encoder_layers:
                 skips.append(x)
-        if self.config.tie_embeddings:
-            return rms_norm(x), token_table
-        return rms_norm(x), self._weight(self.lm_head.weight, embedding_bits)
+        head = token_table if self.config.tie_embeddings else self._weight("lm_head.weight", qat)
+        return rms_norm(x), head
 
     def _softcapped(self, hidden: Tensor, head: Tensor) -> Tensor:
         cap = self.config.logit_softcap
@@ -1480,7 +1535,7 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation split without overlap and log it; not part of training time."""
         scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
-        result = summarize(scores.logp, self.validation)
+        result = summarize(scores, self.validation)
         self.log.row(
             f"step:{self.step}/{self.config.iterations}", self.validation.note,
             **result.headline(), **self._timing(),
@@ -1489,6 +1544,9 @@ class Trainer:
     def _timing(self) -> dict[str, Any]:
         train_time_ms = 1000 * self.elapsed_s
         return dict(train_time_ms=train_time_ms, step_avg_ms=train_time_ms / max(self.step, 1))
+
+    def log_qat(self, lr_scale: float) -> None:
+        self.log.row("qat_on", step=self.step, lr_scale=lr_scale, bits=self.config.qat_bits)
 
     def log_step(self, grad_norm: Tensor, lr_scale: float) -> None:
         """Read the losses back and log them: with the swarm's votes, a step's only host synchronisation."""
@@ -1524,6 +1582,8 @@ class Trainer:
         """Train until ITERATIONS or the wallclock cap, validating on the way and at the end."""
         config = self.config
         self.warm_up()
+        if self.controls.qat:
+            self.log_qat(1.0)
         compiles = compile_count()
         self.clock.start()
         while True:
@@ -1553,7 +1613,7 @@ class Trainer:
         lr_scale = lr_scale_at(config, self.step, self.elapsed_s)
         if not self.controls.qat and self.qat_due(lr_scale):
             self.controls.qat = True
-            self.log.row("qat_on", step=self.step, lr_scale=lr_scale, bits=config.qat_bits)
+            self.log_qat(lr_scale)
         grad_norm = self.train_step(self.step, lr_scale)
         self.step += 1
         self.average.update(self.step, lr_scale)
@@ -1580,26 +1640,8 @@ def compile_count() -> int:
 # 8. Artifact: averaged weights → integers and scales → safetensors → one zstd frame; and back, from that file alone.
 # ----------------------------------------------------------------------------------------------------------
 ARTIFACT_FORMAT = 1
-PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, control vectors too
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 MAX_UNPACKED_BYTES = 2**30  # an artifact that claims more is not one of ours
-
-
-def export_plan(model: GPT) -> dict[str, str]:
-    """How each tensor of the artifact is stored: `int5`…`int8`, `fp16` or `fp32`; MTP heads are left out."""
-    bank_bits = model.config.qat_bits or 6
-    plan = {}
-    for name, role in model.parameter_roles().items():
-        size = model.get_parameter(name).numel()
-        if role == "mtp_head":
-            continue
-        if role == "bank":
-            plan[name] = f"int{bank_bits}"
-        elif size > PASSTHROUGH_MAX_ELEMENTS or role in ("tied_embedding", "untied_embedding", "output_head"):
-            plan[name] = f"int{EMBEDDING_GRID.bits}"
-        else:
-            plan[name] = "fp32" if model.get_parameter(name).ndim < 2 else "fp16"
-    return plan
 
 
 def search_scale(weight: Tensor, grid: Grid) -> Tensor:
@@ -1636,12 +1678,15 @@ def quantize(state: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, 
 
 
 def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
-    """The state dict that `quantize` stored, fp32. Raises KeyError when a tensor is missing."""
+    """The state dict that `quantize` stored, fp32. Raises KeyError for a missing tensor, ValueError for odd scales."""
     state = {}
     for name, codec in plan.items():
         if codec.startswith("int"):
             grid = Grid(int(codec.removeprefix("int")))
-            state[name] = grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
+            levels, scale = tensors[f"{name}.levels"], tensors[f"{name}.scale"]
+            if scale.shape != (*levels.shape[:-1], 1):
+                raise ValueError(f"{name} has levels of shape {tuple(levels.shape)}, scales of {tuple(scale.shape)}")
+            state[name] = grid.decode(levels, scale)
         else:
             state[name] = tensors[name].float()
     return state
@@ -1651,16 +1696,16 @@ def save_artifact(model: GPT, tokenizer_digest: str, path: Path) -> int:
     """Quantize, pack and write atomically. Returns the file's bytes."""
     zstandard = require("zstandard", "packing the artifact")
     safetensors = require("safetensors.torch", "packing the artifact")
-    plan = export_plan(model)
-    config = dataclasses.replace(model.config, mtp_num_heads=0)
     metadata = {
-        "format": str(ARTIFACT_FORMAT),
-        "config": config.to_json(),
-        "plan": json.dumps(plan, sort_keys=True),
+        "format": ARTIFACT_FORMAT,
+        "config": model.config.portable().to_json(),
+        "plan": model.plan,
         "tokenizer": tokenizer_digest,
         "code": code_digest(),
     }
-    payload = safetensors.save(quantize(model.state_dict(), plan), metadata)
+    # One entry: safetensors writes several in a random order, and the same weights would make different files.
+    header = {"train_gpt": json.dumps(metadata, sort_keys=True)}
+    payload = safetensors.save(quantize(model.state_dict(), model.plan), header)
     packed = zstandard.ZstdCompressor(level=22, write_checksum=True, threads=0).compress(payload)
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -1671,12 +1716,14 @@ def save_artifact(model: GPT, tokenizer_digest: str, path: Path) -> int:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         advice = "free space or set OUT_DIR"
         raise ArtifactError(f"cannot write the artifact {path}: {error.strerror}; {advice}") from error
     return len(packed)
 
 
-def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple[GPT, Config, dict[str, str]]:
+def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple[GPT, Config, dict[str, Any]]:
     """(model on CPU, its config, metadata) from the file alone; nothing is unpickled. Raises ArtifactError."""
     zstandard = require("zstandard", "reading the artifact")
     safetensors = require("safetensors.torch", "reading the artifact")
@@ -1690,16 +1737,18 @@ def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple
             raise ArtifactError(f"{path} claims more than {MAX_UNPACKED_BYTES} bytes of content; {advice}")
         payload = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        metadata = header["__metadata__"]
+        metadata = json.loads(header["__metadata__"]["train_gpt"])
         tensors = safetensors.load(payload)
-        if metadata["format"] != str(ARTIFACT_FORMAT):
+        if metadata["format"] != ARTIFACT_FORMAT:
             raise ArtifactError(f"{path} has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
         config = Config.from_json(metadata["config"])
         model = GPT(config, attend, initialize=False)
-        model.load_state_dict(dequantize(tensors, json.loads(metadata["plan"])))
+        if metadata["plan"] != model.plan:
+            raise ArtifactError(f"{path} stores its tensors in another way than its config asks for: {advice}")
+        model.load_state_dict(dequantize(tensors, model.plan))
     except (zstandard.ZstdError, importlib.import_module("safetensors").SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be decoded: {advice}") from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ArtifactError(f"{path} has unexpected content ({what}): {advice}") from error
     return model, config, metadata
@@ -1756,7 +1805,7 @@ class TokenScores(NamedTuple):
 
     logp: np.ndarray
     entropy: np.ndarray
-    sampled: np.ndarray
+    sampled: np.ndarray = np.zeros((0, 0), np.float32)
 
 
 class Score(NamedTuple):
@@ -1775,9 +1824,9 @@ class Score(NamedTuple):
         return dict(val_loss=self.val_loss, val_bpb=self.val_bpb)
 
 
-def summarize(logp: np.ndarray, validation: ValidationSet) -> Score:
-    """The score of the targets' log-probabilities (N,) in nats, summed in float64."""
-    return score_of(float(logp.sum(dtype=np.float64)), validation)
+def summarize(scores: TokenScores, validation: ValidationSet) -> Score:
+    """The score of a stream, summed in float64."""
+    return score_of(float(scores.logp.sum(dtype=np.float64)), validation)
 
 
 def score_of(total_logp: float, validation: ValidationSet, valid: bool = True) -> Score:
@@ -2464,7 +2513,7 @@ def evaluate(model: GPT, config: Config, runtime: Runtime, log: RunLog, validati
     for name, stage, extra in stages:
         began = time.perf_counter()
         scores = stage()
-        result = summarize(scores.logp, validation)
+        result = summarize(scores, validation)
         fields: dict[str, Any] = result.headline() | extra
         log.row(name, validation.note, **fields, eval_time_ms=1000 * (time.perf_counter() - began))
         log.row(f"{name}_exact", validation.note, **fields)
@@ -2489,7 +2538,7 @@ def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
     """
     config = model.config
     try:
-        blob = Path(config.kg_path).read_text(encoding="ascii").strip() if config.kg_path else kg_data.BLOB
+        blob = kg_data.read_blob(config.kg_path) if config.kg_path else kg_data.BLOB
         entries = kg_data.decode(tokenizer.pieces, blob)
     except (OSError, ValueError) as error:
         raise ConfigError(f"KG_ENABLED=1, but the knowledge-graph blob cannot be used: {error}") from error
@@ -2521,7 +2570,7 @@ def train_artifact(
     log.line(runtime.peak_memory_line())
     trainer.average.apply()
     began = time.perf_counter()
-    result = summarize(score_stream(model, config, runtime, validation, config.eval_seq_len).logp, validation)
+    result = summarize(score_stream(model, config, runtime, validation, config.eval_seq_len), validation)
     average = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     seconds = time.perf_counter() - began
     log.row(f"DIAGNOSTIC {average}", validation.note, **result.headline(), eval_time_ms=1000 * seconds)

@@ -1,0 +1,88 @@
+"""Fixtures that several test files share. The folder of train_gpt.py is put on the path for all of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from support import (  # noqa: E402
+    TINY_VOCAB,
+    VAL_TARGETS,
+    Run,
+    make_documents,
+    run_script,
+    tiny_environ,
+    train_tokenizer,
+    write_shard,
+)
+
+
+class Outcome(NamedTuple):
+    """What a run within this process left: exit code and both streams."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Matrices this small are fastest on one thread, and one thread adds in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of TINY_VOCAB pieces, two train shards and two validation shards."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tiny_data")
+    train_tokenizer(folder / "tokenizer.model", TINY_VOCAB)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+    def tokens(seed: int, count: int) -> np.ndarray:
+        return np.concatenate([[1, *tokenizer.encode(text)] for text in make_documents(seed, count)])
+
+    train, val = tokens(1, 240), tokens(2, 60)
+    write_shard(folder / "tiny_train_000000.bin", train[: len(train) // 3])
+    write_shard(folder / "tiny_train_000001.bin", train[len(train) // 3 :])
+    assert len(train) > 20 * 12 * 32
+    assert len(val) > VAL_TARGETS
+    write_shard(folder / "tiny_val_000000.bin", val[:700])
+    write_shard(folder / "tiny_val_000001.bin", val[700 : VAL_TARGETS + 1])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One whole run of the tiny settings in a process of its own; tests read it and leave it as it is."""
+    environ = tiny_environ(tiny_data, tmp_path_factory.mktemp("tiny_run"), VAL_LOSS_EVERY=10)
+    process = run_script(environ)
+    assert process.returncode == 0, process.stderr
+    return Run(environ, process)
+
+
+@pytest.fixture
+def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[[dict[str, str]], Outcome]:
+    """train_gpt.main() in this process, with exactly the environment given."""
+    import train_gpt
+
+    def run(environ: dict[str, str]) -> Outcome:
+        capfd.readouterr()
+        with patch.dict(os.environ, environ, clear=True):
+            code = train_gpt.main()
+        streams = capfd.readouterr()
+        return Outcome(code, streams.out, streams.err)
+
+    return run

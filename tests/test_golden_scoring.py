@@ -1,0 +1,101 @@
+"""Window scores and byte counts against the reference numbers of the earlier submissions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from golden_support import golden_arrays, golden_config, golden_json, golden_model, make_runtime, shared_file
+
+import train_gpt
+
+
+def golden_validation() -> train_gpt.ValidationSet:
+    """The reference stream with its byte counts, without files."""
+    arrays = golden_arrays("sliding")
+    tokens = arrays["tokens"].astype(np.int64)
+    spaces = arrays["has_leading_space"][tokens[1:]] & ~arrays["is_boundary"][tokens[:-1]]
+    validation = object.__new__(train_gpt.ValidationSet)
+    validation.tokens, validation.partial = arrays["tokens"], False
+    validation.bytes = arrays["base_bytes"][tokens[1:]] + spaces.astype(np.int16)
+    return validation
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_model(mtp_num_heads=0)
+
+
+def score(model, validation, stride, **overrides):
+    config = golden_config(mtp_num_heads=0, eval_seq_len=96, eval_stride=16, **overrides)
+    return train_gpt.score_stream(model, config, make_runtime(config), validation, stride)
+
+
+@pytest.mark.parametrize("batch_seqs", [32, 7])
+def test_sliding_window_scores_each_target_once(model, batch_seqs):
+    """`each_target_once` of the reference, whose own evaluation counted the tail's targets again.
+
+    One difference is by design: the last 8 targets (3000 = 96 + 181·16 + 8) have a full window of 96 here, where the
+    reference cut its last window short, to the 88 targets from 2912. They are put in its way before comparing.
+    """
+    recorded, validation = golden_json("sliding")["each_target_once"], golden_validation()
+    scores = score(model, validation, 16, eval_batch_seqs=batch_seqs)
+    result = train_gpt.summarize(scores, validation)
+    assert (result.tokens, result.bytes) == (recorded["token_count"], recorded["byte_count"]) == (3000, 10374)
+    assert result.tokens < golden_json("sliding")["reference"]["token_count"]
+    assert result.val_loss == pytest.approx(recorded["val_loss"], abs=1e-3)
+    window = torch.from_numpy(validation.tokens[2912:].astype(np.int64))[None]
+    with torch.no_grad():
+        cut_short, _, _ = model.token_scores(window[:, :-1], window[:, 1:], 8)
+    logp = np.concatenate([scores.logp[:-8], cut_short[0].numpy()])
+    as_recorded = train_gpt.summarize(train_gpt.TokenScores(logp, scores.entropy), validation)
+    assert as_recorded.val_loss == pytest.approx(recorded["val_loss"], abs=1e-6)
+    assert as_recorded.val_bpb == pytest.approx(recorded["val_bpb"], abs=1e-6)
+
+
+def test_scoring_without_overlap(model):
+    """Whole windows only, as the reference: 31 windows of 96 targets."""
+    recorded, validation = golden_json("sliding")["eval_val_nonoverlapping_31x96"], golden_validation()
+    validation.tokens, validation.bytes = validation.tokens[: 31 * 96 + 1], validation.bytes[: 31 * 96]
+    result = train_gpt.summarize(score(model, validation, 96), validation)
+    assert result.tokens == 31 * 96
+    assert result.val_loss == pytest.approx(recorded["val_loss"], abs=1e-5)
+    assert result.val_bpb == pytest.approx(recorded["val_bpb"], abs=1e-5)
+
+
+def test_stream_scores_equal_one_window_at_a_time(model):
+    """Each target's score is the model's own, given the window that the plan says."""
+    validation = golden_validation()
+    scores = score(model, validation, 16)
+    windows = train_gpt.plan_windows(validation.num_targets, 96, 16)
+    tokens = torch.from_numpy(validation.tokens.astype(np.int64))
+    ends = np.cumsum(windows.tails)
+    for i in (0, 1, 100, len(ends) - 1):
+        window = tokens[windows.starts[i] : windows.starts[i] + 97][None]
+        scored = slice(ends[i] - windows.tails[i], ends[i])
+        with torch.no_grad():
+            logp = torch.log_softmax(model.logits(window[:, :-1]), -1)[0, -windows.tails[i] :]
+        expected = logp.gather(-1, window[0, -windows.tails[i] :, None])[:, 0].numpy()
+        np.testing.assert_allclose(scores.logp[scored], expected, rtol=0, atol=1e-5)
+    assert ends[-1] == 3000
+    assert np.all((scores.entropy > 0) & (scores.entropy <= math.log(1024) + 1e-5))
+
+
+def fineweb_tokenizer() -> train_gpt.Tokenizer:
+    path = shared_file("data", "fineweb_1024_bpe.model")
+    if not path.is_file():
+        pytest.skip(f"the FineWeb tokenizer model is not at {path}; set SHARED_DIR to the folder that holds data/")
+    return train_gpt.Tokenizer(str(path), 1024)
+
+
+def test_byte_table_of_the_fineweb_tokenizer():
+    tokenizer, arrays = fineweb_tokenizer(), golden_arrays("sliding")
+    for name in ("base_bytes", "has_leading_space", "is_boundary"):
+        np.testing.assert_array_equal(getattr(tokenizer, name), arrays[name], err_msg=name)
+
+
+def test_target_bytes_of_the_reference_stream():
+    tokenizer, validation = fineweb_tokenizer(), golden_validation()
+    ours = tokenizer.target_bytes(validation.tokens[:-1], validation.tokens[1:])
+    np.testing.assert_array_equal(ours, validation.bytes)
+    assert int(ours.sum()) == golden_json("sliding")["each_target_once"]["byte_count"]

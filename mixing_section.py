@@ -35,7 +35,9 @@ def _host(array: Array) -> np.ndarray:
 
 
 def _arange(length: int, like: Array) -> Array:
-    return _module(like).arange(length, dtype=_module(like).int32, device=like.device)
+    if isinstance(like, torch.Tensor):
+        return torch.arange(length, dtype=torch.int32, device=like.device)
+    return np.arange(length, dtype=np.int32)
 
 
 def _wide(array: Array) -> Array:
@@ -47,15 +49,14 @@ def _cumsum(values: Array) -> Array:
 
 
 def _scatter(values: Array, position: Array, length: int) -> Array:
-    xp = _module(values)
-    placed = xp.zeros(length, dtype=xp.int32, device=values.device)
-    placed[position] = xp.asarray(values, dtype=xp.int32)
+    placed = _arange(length, values) * 0
+    placed[position] = _module(values).asarray(values, dtype=placed.dtype)
     return placed
 
 
 def _heads(values: Array) -> Array:
     """True where a run of equal values starts."""
-    head = values == values
+    head = values == values  # all true
     head[1:] = values[1:] != values[:-1]
     return head
 
@@ -84,7 +85,7 @@ class _Groups(NamedTuple):
     def sort(cls, group: Array, position: Array, length: int, head: Array | None = None) -> _Groups:
         """Sort positions < length by (group, position), overwriting `group`; `head` as in `_sort_runs`."""
         bits = length.bit_length()
-        if len(group) and int(group.max()).bit_length() + bits > 63:
+        if bits > 31 or (len(group) and int(group.max()).bit_length() + bits > 63):
             raise ValueError(f"{length} tokens of this vocabulary overflow 63-bit keys: count fewer at once")
         group <<= bits
         group |= position  # values alone get sorted, positions travel in the low bits
@@ -115,7 +116,7 @@ class _Groups(NamedTuple):
         """Summed weight (N,) that any `group` holds at positions below `before`."""
         limits = ((group << self.bits) | x for x in (before * 0, before))
         start, end = (_module(group).searchsorted(self.packed, limit) for limit in limits)
-        total = _module(weight).zeros(len(self.packed) + 1, dtype=weight.dtype, device=weight.device)
+        total = _arange(len(self.packed) + 1, weight) * 0
         total[1:] = _cumsum(weight[self.position])
         return total[end] - total[start]
 
@@ -390,7 +391,7 @@ class HedgeMixer:
 def guard(neural: np.ndarray, learned: np.ndarray) -> np.ndarray:
     """Log-odds (N,) of `learned` against `neural` at each target, from the targets before it."""
     gain = learned - neural.astype(np.float64)
-    return np.concatenate([[0.0], np.cumsum(gain[:-1])])
+    return np.concatenate([[0.0], np.cumsum(gain)])[:-1]
 
 
 def blend(neural: np.ndarray, learned: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
@@ -449,7 +450,8 @@ class MassProbe:
 
     def at(self, like: Array) -> Array:
         """`position` (S, 1) as the kind of array that `like` is."""
-        return _module(like).asarray(self.position, device=like.device)[:, None]
+        position = self.position[:, None]
+        return torch.as_tensor(position, device=like.device) if _module(like) is torch else position
 
     def record(self, counts: NgramCounts, target_count: Array) -> None:
         """Keep one order's C and T (S, 1) at the samples, with F (S, V) of every token."""

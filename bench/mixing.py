@@ -1,8 +1,9 @@
 """What mixing costs per scored token, counts included, and what it gains; beside a table-based mixer.
 
-Run from the repository root: `python -m bench.mixing [--tokens N] [--quick]`. The neural model is a stand-in that
-knows the synthetic stream's Markov steps only roughly. The table-based mixer follows the description of PR 1094,
-token by token, over fewer tokens. Microseconds are CPU time of this process, on one core.
+Run from the repository root: `python -m bench.mixing [--tokens N] [--quick]`. The neural model is a
+stand-in that knows the synthetic stream's Markov steps only roughly. The table-based mixer follows the
+description of PR 1094, token by token, over fewer tokens. Microseconds are CPU time of this process, on
+one core.
 """
 
 from __future__ import annotations
@@ -76,10 +77,7 @@ class TableMixer:
 
 
 def stand_in_scores(tokens: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability and entropy (N - 1,) of a bigram model with one pseudo-count per token, fitted to the stream.
-
-    It is scored on what it was fitted to, as a trained network's knowledge of a language would be.
-    """
+    """Log-probability and entropy (N - 1,) of a smoothed bigram model, fitted to half the stream's pairs."""
     rng = np.random.default_rng(seed)
     sample = rng.random(len(tokens) - 1) < 0.5
     pairs = tokens[:-1].astype(np.int64) * VOCAB_SIZE + tokens[1:]

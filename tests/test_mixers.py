@@ -11,6 +11,7 @@ from typing import NamedTuple
 import golden_backoff
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,6 +114,23 @@ def test_a_probe_changes_nothing(name: str) -> None:
     np.testing.assert_array_equal(
         stream.mix(ALL[name](), stream.probe(np.array([7, 300]))), stream.mix(ALL[name]())
     )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tokens_may_be_a_tensor(name: str) -> None:
+    stream, position = scored_stream(), np.array([7, 300])
+    probes = [stream.probe(position) for _ in range(2)]
+    mixed = stream.mix(ALL[name](), probes[0])
+    in_torch = m.mix_scores(
+        ALL[name](), torch.from_numpy(stream.tokens), stream.logp, stream.entropy, probes[1], BLOCK
+    )
+    np.testing.assert_array_equal(mixed, in_torch)
+    np.testing.assert_array_equal(probes[0].mass, probes[1].mass)
+
+
+def test_a_stream_without_targets_mixes_to_nothing() -> None:
+    nothing = np.zeros(0, np.float32)
+    assert m.mix_scores(m.BackoffNgramMixer(), np.array([1]), nothing, nothing).shape == (0,)
 
 
 # ---- conditions 1 and 3: only the past decides, and a block is scored before it is learned from

@@ -254,11 +254,12 @@ class BackoffNgramMixer:
 
     def __init__(self, max_order: int = 10, block: int = 1, prior: tuple[float, float] = (0.1, 1.0)) -> None:
         self.max_order, self.block = max_order, block
-        bins = (len(self.count_edges) + 1, len(self.novelty_edges) + 2, len(self.entropy_edges) + 1)
-        shape = (max_order, *bins)
+        self.novelty_bins = len(self.novelty_edges) + 2  # one more where T = C, one where T = 1
+        contexts = (len(self.count_edges) + 1) * self.novelty_bins
+        shape = (max_order, contexts, len(self.entropy_edges) + 1)
         self.reached = np.full(shape, sum(prior))  # targets that no higher order explained
-        self.taken = np.full(shape, prior[0])  # those that this order did
-        self.taken[:, 0] = 0.0  # C = 0
+        self.taken = np.full(shape, prior[0])  # those of them that this order did
+        self.taken[:, : self.novelty_bins] = 0.0  # C = 0: nothing to take from
 
     def counts(self, tokens: Array, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
         return iter_ngram_counts(tokens, self.max_order, self.block, probe)
@@ -266,18 +267,18 @@ class BackoffNgramMixer:
     def experts(self, counts: Iterable[NgramCounts]) -> Rows:
         shares, buckets = [], []
         for seen, followed, distinct in counts:
-            scale = 1 / np.maximum(seen, 1, dtype=np.float32)
-            novelty = np.where(distinct == 1, 7, _bin(distinct * scale, self.novelty_edges))
-            buckets.append((_bin(seen, self.count_edges) * 8 + novelty).astype(np.uint8))
-            shares.append(followed * scale)
+            total = np.maximum(seen, 1)
+            shares.append(np.divide(followed, total, dtype=np.float32))
+            novelty = _bin(np.divide(distinct, total, dtype=np.float32), self.novelty_edges)
+            novelty = np.where(distinct == 1, self.novelty_bins - 1, novelty)
+            buckets.append((_bin(seen, self.count_edges) * self.novelty_bins + novelty).astype(np.uint8))
         return shares, buckets
 
     def _chain(self, block: Evidence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Each order's table cell and weight (K, B), and the target's q_0..q_K (K + 1, B)."""
-        cell = (
-            np.arange(self.max_order)[:, None] * (self.taken[0].size // self.taken.shape[-1]) + block.bucket
-        )
-        cell = cell * self.taken.shape[-1] + _bin(block.entropy, self.entropy_edges)
+        orders, contexts, entropies = self.taken.shape
+        cell = np.arange(orders)[:, None] * contexts + block.bucket
+        cell = cell * entropies + _bin(block.entropy, self.entropy_edges)
         weight = self.taken.take(cell) / self.reached.take(cell)
         chain = np.empty((self.max_order + 1, len(block.logp)))
         chain[0] = np.exp(block.logp)
@@ -356,12 +357,11 @@ class HedgeMixer:
     guarded = False
 
     def counts(self, tokens: Array, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
-        position = _arange(len(tokens), tokens)
         wide = _wide(tokens)
         row = wide * 0
         row[1:] = 27191 * wide[:-1]
         row[2:] ^= 36313 * wide[:-2]
-        rows = _Groups.sort(row & 65535, position, len(tokens))
+        rows = _Groups.sort(row & 65535, _arange(len(tokens), tokens), len(tokens))
         yield _count_order(tokens, rows, 1, probe)[0]
         yield from iter_ngram_counts(tokens, 5, probe=probe)
 

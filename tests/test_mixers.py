@@ -1,0 +1,294 @@
+"""Mixers: distributions, causal, never much worse than the neural model, and as published where meant so.
+
+Run from the repository root: `python -m pytest tests/test_mixers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import golden_backoff
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mixing_section as m
+
+VOCAB_SIZE = 12
+BLOCK = 50
+MAKERS: dict[str, Callable[[], m.Mixer]] = {
+    "default": lambda: m.BackoffNgramMixer(max_order=5),
+    "default in blocks": lambda: m.BackoffNgramMixer(max_order=5, block=20),
+    "published, exact": lambda: m.PublishedBackoffMixer(VOCAB_SIZE, max_order=5),
+    "published, exact, min count 2": lambda: m.PublishedBackoffMixer(VOCAB_SIZE, max_order=5, min_count=2),
+    "hedge": lambda: m.HedgeMixer(VOCAB_SIZE, min_tokens=100),
+}
+VIOLATORS: dict[str, Callable[[], m.Mixer]] = {
+    "published, hashed": lambda: m.PublishedBackoffMixer(VOCAB_SIZE, max_order=5, buckets=16, block=20),
+    "hedge with the entropy expert": lambda: m.HedgeMixer(VOCAB_SIZE, min_tokens=100, entropy_expert=True),
+}
+ALL = {**MAKERS, **VIOLATORS}
+
+
+class Scored(NamedTuple):
+    """A stream with the neural model's whole distributions (N, V) for tokens[1:]."""
+
+    tokens: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def logp(self) -> np.ndarray:
+        return self.scores[np.arange(len(self.scores)), self.tokens[1:]].astype(np.float32)
+
+    @property
+    def entropy(self) -> np.ndarray:
+        return -(np.exp(self.scores) * self.scores).sum(1).astype(np.float32)
+
+    def mix(self, mixer: m.Mixer, probe: m.MassProbe | None = None) -> np.ndarray:
+        return m.mix_scores(mixer, self.tokens, self.logp, self.entropy, probe, BLOCK)
+
+    def probe(self, position: np.ndarray) -> m.MassProbe:
+        return m.MassProbe(position, self.scores[position - 1], self.entropy[position - 1])
+
+
+def scored_stream(num_tokens: int = 400, seed: int = 0) -> Scored:
+    """Text in which phrases recur, and a neural model that knows little."""
+    rng = np.random.default_rng(seed)
+    phrases = rng.integers(0, VOCAB_SIZE, (6, 9))
+    tokens = np.concatenate([phrases[rng.integers(6)] for _ in range(num_tokens // 9 + 1)])[:num_tokens]
+    noise = rng.random(num_tokens) < 0.1
+    tokens[noise] = rng.integers(0, VOCAB_SIZE, noise.sum())
+    logits = rng.normal(size=(num_tokens - 1, VOCAB_SIZE)) * rng.choice([0.3, 3.0], (num_tokens - 1, 1))
+    return Scored(tokens, logits - np.logaddexp.reduce(logits, 1, keepdims=True))
+
+
+def uniform_scores(num_targets: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    nats = np.full(num_targets, np.log(vocab_size), np.float32)
+    return -nats, nats
+
+
+# ---- condition 2: a distribution over the vocabulary
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_mass_is_one_before_and_after_updates(name: str) -> None:
+    stream = scored_stream()
+    probe = stream.probe(np.arange(1, len(stream.tokens)))
+    stream.mix(MAKERS[name](), probe)
+    np.testing.assert_allclose(probe.mass, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VIOLATORS)
+def test_the_probe_exposes_violators(name: str) -> None:
+    stream = scored_stream()
+    probe = stream.probe(np.arange(150, 400, 10))
+    stream.mix(VIOLATORS[name](), probe)
+    assert np.abs(probe.mass - 1).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_probe_answers_what_a_changed_text_would_score(name: str) -> None:
+    """Each token really put in place of the target, everything counted anew."""
+    stream = scored_stream(260)
+    position = np.array([1, 2, 60, 101, 219, 259])
+    probe = stream.probe(position)
+    mixed = stream.mix(ALL[name](), probe)
+    masses = []
+    for at in position:
+        answers = []
+        for token in range(VOCAB_SIZE):
+            tokens = stream.tokens.copy()
+            tokens[at] = token
+            answers.append(stream._replace(tokens=tokens).mix(ALL[name]())[at - 1])
+        assert answers[stream.tokens[at]] == mixed[at - 1]
+        masses.append(np.exp(answers).sum())
+    np.testing.assert_allclose(probe.mass, masses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_probe_changes_nothing(name: str) -> None:
+    stream = scored_stream()
+    np.testing.assert_array_equal(
+        stream.mix(ALL[name](), stream.probe(np.array([7, 300]))), stream.mix(ALL[name]())
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tokens_may_be_a_tensor(name: str) -> None:
+    stream, position = scored_stream(), np.array([7, 300])
+    probes = [stream.probe(position) for _ in range(2)]
+    mixed = stream.mix(ALL[name](), probes[0])
+    in_torch = m.mix_scores(
+        ALL[name](), torch.from_numpy(stream.tokens), stream.logp, stream.entropy, probes[1], BLOCK
+    )
+    np.testing.assert_array_equal(mixed, in_torch)
+    np.testing.assert_array_equal(probes[0].mass, probes[1].mass)
+
+
+def test_a_stream_without_targets_mixes_to_nothing() -> None:
+    nothing = np.zeros(0, np.float32)
+    assert m.mix_scores(m.BackoffNgramMixer(), np.array([1]), nothing, nothing).shape == (0,)
+
+
+# ---- conditions 1 and 3: only the past decides, and a block is scored before it is learned from
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("at", [1, 99, 100, 101, 250, 398])
+def test_changing_a_target_changes_nothing_before_it(name: str, at: int) -> None:
+    stream = scored_stream()
+    tokens = stream.tokens.copy()
+    tokens[at:] = (tokens[at:] + 1 + np.arange(len(tokens) - at) % 5) % VOCAB_SIZE
+    before, after = stream.mix(ALL[name]()), stream._replace(tokens=tokens).mix(ALL[name]())
+    np.testing.assert_array_equal(before[: at - 1], after[: at - 1])
+    assert not np.array_equal(before, after)
+
+
+def test_each_block_is_mixed_before_the_update() -> None:
+    calls = []
+
+    class Spy(m.BackoffNgramMixer):
+        def mix(self, block: m.Evidence) -> np.ndarray:
+            calls.append(("mix", len(block.logp), self.taken.sum()))
+            return super().mix(block)
+
+        def update(self, block: m.Evidence) -> None:
+            calls.append(("update", len(block.logp), self.taken.sum()))
+            super().update(block)
+
+    scored_stream(131).mix(Spy(5))
+    assert [call[:2] for call in calls] == [
+        (name, size) for size in (50, 50, 30) for name in ("mix", "update")
+    ]
+    learned = [call[2] for call in calls]
+    assert learned[0] == learned[1] < learned[2] == learned[3] < learned[4] == learned[5]
+
+
+def test_buckets_ignore_the_target() -> None:
+    mixer = m.BackoffNgramMixer(4)
+    counts = list(mixer.counts(scored_stream().tokens))
+    blind = [order._replace(target_count=order.target_count * 0) for order in counts]
+    np.testing.assert_array_equal(mixer.experts(counts)[1], mixer.experts(blind)[1])
+
+
+# ---- never much worse than the neural model, better on repeats
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=300), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_any_text_costs_at_most_one_bit_more_than_the_neural_model(tokens: list[int], seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(len(tokens) - 1, VOCAB_SIZE)) * 2
+    stream = Scored(np.array(tokens), logits - np.logaddexp.reduce(logits, 1, keepdims=True))
+    mixed = m.mix_scores(m.BackoffNgramMixer(4), stream.tokens, stream.logp, stream.entropy, block=10)
+    assert stream.logp.sum(dtype=np.float64) - mixed.sum() <= np.log(2) + 1e-5
+
+
+def test_a_text_that_turns_against_the_counts_costs_at_most_one_bit() -> None:
+    rng = np.random.default_rng(1)
+    tokens = np.concatenate([np.tile(rng.integers(0, 256, 300), 2), rng.integers(0, 256, 20_000)])
+    tokens[600::2] = tokens[600]  # a context that never keeps its promise
+    logp, entropy = uniform_scores(len(tokens) - 1, 256)
+    mixed = m.mix_scores(m.BackoffNgramMixer(), tokens, logp, entropy)
+    assert logp.sum(dtype=np.float64) - mixed.sum() <= np.log(2) + 1e-5
+
+
+def test_random_tokens_cost_nothing() -> None:
+    tokens = np.random.default_rng(0).integers(0, 1024, 100_001)
+    logp, entropy = uniform_scores(100_000, 1024)
+    mixed = m.mix_scores(m.BackoffNgramMixer(), tokens, logp, entropy)
+    assert (logp - mixed).mean() / np.log(2) / 2.4 < 0.00001
+
+
+def test_repeated_text_is_learned() -> None:
+    tokens = np.tile(np.random.default_rng(0).integers(0, 1024, 20_001), 2)
+    logp, entropy = uniform_scores(len(tokens) - 1, 1024)
+    mixed = m.mix_scores(m.BackoffNgramMixer(), tokens, logp, entropy)
+    assert -mixed[20_100:].mean() < 0.05 * np.log(1024)
+
+
+def test_a_perfect_neural_model_is_kept() -> None:
+    tokens = golden_backoff.text(6000)
+    logp = np.full(5999, -0.01, np.float32)
+    mixed = m.mix_scores(m.BackoffNgramMixer(), tokens, logp, np.full(5999, 0.05, np.float32))
+    assert logp.sum(dtype=np.float64) - mixed.sum() <= np.log(2) + 1e-5
+
+
+def test_guard_is_the_bayesian_mixture_of_two_sequence_models() -> None:
+    neural, learned = np.log(np.random.default_rng(0).random((2, 200)))
+    blended = m.blend(neural, learned, m.guard(neural, learned))
+    total = np.logaddexp(neural.cumsum(), learned.cumsum()) - np.log(2)
+    np.testing.assert_allclose(blended.cumsum(), total)
+
+
+# ---- the arithmetic
+
+
+def test_chain_and_em_by_hand() -> None:
+    """Two orders, one target: q_1 = .8 q_0 + .2 g_1, q_2 = .7 q_1 + .3 g_2."""
+    mixer = m.BackoffNgramMixer(max_order=2)
+    mixer.reached[:] = 10.0
+    mixer.taken[0], mixer.taken[1] = 2.0, 3.0
+    counts = [m.NgramCounts(*(np.array([x], np.int32) for x in triple)) for triple in ((8, 2, 4), (4, 3, 2))]
+    expert, bucket = mixer.experts(counts)
+    block = m.Evidence(np.log([0.1]), np.array([2.5]), expert, bucket).part(slice(None))
+    q_1 = 0.8 * 0.1 + 0.2 * 0.25
+    q_2 = 0.7 * q_1 + 0.3 * 0.75
+    np.testing.assert_allclose(mixer.mix(block), np.log([q_2]))
+    mixer.update(block)
+    by_2 = 0.3 * 0.75 / q_2
+    by_1 = (1 - by_2) * 0.2 * 0.25 / q_1
+    np.testing.assert_allclose(mixer.taken.max((1, 2)), [2 + by_1, 3 + by_2])
+    np.testing.assert_allclose(mixer.reached.max((1, 2)), [10 + 1 - by_2, 11])
+
+
+def test_hedge_weights_by_hand() -> None:
+    mixer = m.HedgeMixer(vocab_size=4, min_tokens=0)
+    expert = np.array([[0.5, 0.25], [0.1, 0.2], [0.3, 0.4], [0.6, 0.7]])
+    logp, entropy = np.log([0.2, 0.8]), np.array([1.0, 0.5])
+    block = m.Evidence(logp, entropy, expert, np.ones((1, 2), bool))
+    p = np.vstack([np.exp(logp), expert])
+    weight = np.exp([2.0, 0, 0, 0, 0]) / np.exp([2.0, 0, 0, 0, 0]).sum()
+    np.testing.assert_allclose(mixer.mix(block), np.log(weight @ p))
+    mixer.update(block)
+    np.testing.assert_allclose(mixer.log_weight, np.array([2.0, 0, 0, 0, 0]) + 0.1 * np.log(p).mean(1))
+    published = m.HedgeMixer(vocab_size=4, min_tokens=0, entropy_expert=True)
+    p[4] = np.exp(-entropy)
+    np.testing.assert_allclose(published.mix(block), np.log(weight @ p))
+
+
+def test_hedge_leaves_the_neural_model_alone_at_first() -> None:
+    stream = scored_stream()
+    mixer = m.HedgeMixer(VOCAB_SIZE, min_tokens=200)
+    mixed = stream.mix(mixer)
+    np.testing.assert_array_equal(mixed[:199], stream.logp[:199].astype(np.float64))
+    assert (mixed[199:] != stream.logp[199:]).all()
+    assert m.HedgeMixer(VOCAB_SIZE).log_weight[0] == 2.0 != mixer.log_weight[0]
+
+
+@pytest.mark.parametrize("buckets", [4096, 4194304])
+def test_hashed_rule_agrees_with_the_published_numbers(buckets: int) -> None:
+    """In the reference a context never reaches back beyond the 1,000 inputs of its block."""
+    tokens = golden_backoff.text()
+    position = np.arange(len(tokens))
+    block_start = (position - 1) // golden_backoff.BLOCK * golden_backoff.BLOCK
+    counts = []
+    for order, (seen, followed, _) in enumerate(
+        m.iter_hashed_counts(tokens, 10, buckets, golden_backoff.BLOCK), start=1
+    ):
+        inside = position - (order - 1) >= block_start if order > 1 else True
+        counts.append(m.NgramCounts((seen * inside)[1:], followed[1:], None))
+    min_tokens = 5000 if buckets == 4096 else 0
+    mixer = m.PublishedBackoffMixer(1024, buckets=buckets, block=golden_backoff.BLOCK, min_tokens=min_tokens)
+    expert, ready = mixer.experts(counts)
+    with np.load(golden_backoff.ARCHIVE) as golden:
+        np.testing.assert_allclose(
+            expert[0], golden[f"buckets{buckets}/min_tokens0/ngram_p_alpha1"], rtol=1e-6, atol=2e-12
+        )
+        evidence = m.Evidence(*golden_backoff.neural_scores(tokens), expert, ready)
+        nll = -m.mix_stream(mixer, evidence, golden_backoff.BLOCK)
+        np.testing.assert_allclose(
+            nll, golden[f"buckets{buckets}/min_tokens{min_tokens}/nll"], rtol=1e-4, atol=2e-5
+        )

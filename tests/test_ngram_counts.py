@@ -1,0 +1,146 @@
+"""Causal n-gram counts against brute force, by truncation, in torch and against reference numbers.
+
+Run from the repository root: `python -m pytest tests/test_ngram_counts.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import golden_backoff
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mixing_section as m
+
+torch.set_num_threads(1)
+
+SHORT_STREAMS = st.integers(1, 4).flatmap(lambda top: st.lists(st.integers(0, top), min_size=0, max_size=40))
+
+
+def brute_force(tokens: np.ndarray, order: int, block: int) -> np.ndarray:
+    """(3, N) C, F and T by definition."""
+    counts = np.zeros((3, len(tokens)), int)
+    for i in range(order - 1, len(tokens)):
+        context = list(tokens[i - order + 1 : i])
+        followers = [
+            tokens[j]
+            for j in range(order - 1, len(tokens))
+            if j // block < i // block and list(tokens[j - order + 1 : j]) == context
+        ]
+        counts[:, i] = len(followers), followers.count(tokens[i]), len(set(followers))
+    return counts
+
+
+def dictionary_counts(tokens: np.ndarray, order: int) -> np.ndarray:
+    """(3, N) C, F and T of blocks of one token, by a dictionary of followers."""
+    counts, followers = np.zeros((3, len(tokens)), int), defaultdict(lambda: defaultdict(int))
+    for i in range(order - 1, len(tokens)):
+        seen = followers[tuple(tokens[i - order + 1 : i])]
+        counts[:, i] = sum(seen.values()), seen.get(tokens[i], 0), len(seen)
+        seen[tokens[i]] += 1
+    return counts
+
+
+def as_arrays(counts: list[m.NgramCounts]) -> np.ndarray:
+    return np.array([[np.asarray(array) for array in order if array is not None] for order in counts])
+
+
+@given(SHORT_STREAMS, st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_equals_brute_force_and_torch(stream: list[int], block: int) -> None:
+    tokens = np.array(stream, np.int64)
+    counts = as_arrays(m.causal_ngram_counts(tokens, 5, block))
+    expected = np.array([brute_force(tokens, order, block) for order in range(1, 6)])
+    np.testing.assert_array_equal(counts, expected)
+    in_torch = as_arrays(m.causal_ngram_counts(torch.from_numpy(tokens), 5, block))
+    np.testing.assert_array_equal(in_torch, expected)
+
+
+@pytest.mark.parametrize("kind", ["markov", "repeated", "constant"])
+def test_long_streams_equal_dictionaries(kind: str) -> None:
+    """Longer than the pieces in which runs are sorted."""
+    rng = np.random.default_rng(0)
+    tokens = {
+        "markov": golden_backoff.text(),
+        "repeated": np.tile(rng.integers(0, 1024, 9000), 2),
+        "constant": np.zeros(9000, np.int64),
+    }[kind].astype(np.uint16)
+    counts = as_arrays(m.causal_ngram_counts(tokens, 6))
+    for order in (1, 2, 3, 6):
+        np.testing.assert_array_equal(counts[order - 1], dictionary_counts(tokens, order))
+
+
+def test_results_are_int32_and_unpack() -> None:
+    context_count, target_count, distinct = m.causal_ngram_counts(np.array([3, 3, 3, 1], np.uint16), 2)[1]
+    assert {array.dtype for array in (context_count, target_count, distinct)} == {np.dtype(np.int32)}
+    assert list(context_count) == [0, 0, 1, 2]
+    assert list(target_count) == [0, 0, 1, 0]
+    assert list(distinct) == [0, 0, 1, 1]
+
+
+@given(SHORT_STREAMS, st.integers(1, 9), st.data())
+@settings(max_examples=60, deadline=None)
+def test_nothing_depends_on_the_own_block_or_later(
+    stream: list[int], block: int, data: st.DataObject
+) -> None:
+    """C and T ignore the target and everything after it; F only compares the target with the past."""
+    tokens = np.array([*stream, 0], np.int64)
+    cut = data.draw(st.integers(0, len(tokens) - 1))
+    changed = tokens.copy()
+    changed[cut:] = data.draw(
+        st.lists(st.integers(0, 9), min_size=len(tokens) - cut, max_size=len(tokens) - cut)
+    )
+    before, after = (as_arrays(m.causal_ngram_counts(x, 4, block)) for x in (tokens, changed))
+    np.testing.assert_array_equal(before[:, :, :cut], after[:, :, :cut])
+    np.testing.assert_array_equal(before[:, [0, 2], cut], after[:, [0, 2], cut])
+    truncated = as_arrays(m.causal_ngram_counts(tokens[: cut + 1], 4, block))
+    np.testing.assert_array_equal(before[:, :, : cut + 1], truncated)
+    own = cut // block * block  # the block's own earlier tokens are context, never counted
+    history = np.concatenate([tokens[:own], tokens[own:cut][::-1] * 0 + 9])
+    unigrams = m.causal_ngram_counts(np.concatenate([history, tokens[cut:]]), 1, block)[0]
+    assert unigrams.context_count[cut] == before[0, 0, cut] == own
+
+
+def test_streams_too_large_for_a_key_are_refused() -> None:
+    with pytest.raises(ValueError, match="63-bit keys"):
+        m.causal_ngram_counts(np.arange(5000) + (1 << 50), 2)
+
+
+def hashed_brute_force(tokens: np.ndarray, order: int, buckets: int, block: int) -> np.ndarray:
+    """(2, N) C and F of two count tables that each block fills after it was scored."""
+    tables, counts = np.zeros((2, buckets), int), np.zeros((2, len(tokens)), int)
+
+    def entries(i: int) -> list[int]:
+        gram = [int(t) * m.HASH_MULTIPLIERS[k % 7] for k, t in enumerate(tokens[i - order + 1 : i + 1])]
+        context = int(np.bitwise_xor.reduce(gram[:-1])) if gram[:-1] else 0
+        return [context % buckets, (context ^ gram[-1]) % buckets]
+
+    for start in range(1, len(tokens), block):
+        stop = min(start + block, len(tokens))
+        for i in range(max(start, order - 1), stop):
+            counts[:, i] = tables[[0, 1], entries(i)]
+        added = 0 if start == 1 else start
+        for i in range(added + order - 1, stop):
+            tables[[0, 1], entries(i)] += 1
+    return counts
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.sampled_from([4, 64]), st.integers(1, 20))
+@settings(max_examples=40, deadline=None)
+def test_hashed_counts_equal_tables_and_torch(stream: list[int], buckets: int, block: int) -> None:
+    tokens = np.array(stream, np.int64)
+    counts = as_arrays(list(m.iter_hashed_counts(tokens, 9, buckets, block)))
+    np.testing.assert_array_equal(
+        counts, [hashed_brute_force(tokens, order, buckets, block) for order in range(1, 10)]
+    )
+    in_torch = as_arrays(list(m.iter_hashed_counts(torch.from_numpy(tokens), 9, buckets, block)))
+    np.testing.assert_array_equal(counts, in_torch)
+
+
+def test_buckets_must_be_a_power_of_two() -> None:
+    with pytest.raises(ValueError, match="power of two, got 1000"):
+        next(m.iter_hashed_counts(np.arange(9), 2, 1000, 4))

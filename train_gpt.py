@@ -2037,33 +2037,30 @@ def _host(array: Array) -> np.ndarray:
 
 
 def _arange(length: int, like: Array) -> Array:
-    return _module(like).arange(length, device=like.device)
+    if isinstance(like, torch.Tensor):
+        return torch.arange(length, dtype=torch.int32, device=like.device)
+    return np.arange(length, dtype=np.int32)
 
 
 def _wide(array: Array) -> Array:
     return _module(array).asarray(array, dtype=_module(array).int64)
 
 
+def _cumsum(values: Array) -> Array:
+    return _module(values).cumsum(values, 0, dtype=_module(values).int32)
+
+
 def _scatter(values: Array, position: Array, length: int) -> Array:
-    xp = _module(values)
-    placed = xp.zeros(length, dtype=xp.int32, device=values.device)
-    placed[position] = xp.asarray(values, dtype=xp.int32)
+    placed = _arange(length, values) * 0
+    placed[position] = _module(values).asarray(values, dtype=placed.dtype)
     return placed
 
 
 def _heads(values: Array) -> Array:
     """True where a run of equal values starts."""
-    head = values == values
+    head = values == values  # all true
     head[1:] = values[1:] != values[:-1]
     return head
-
-
-def _sum_before(values: Array) -> Array:
-    """(n + 1,) int64 sums of the values before each element, and of all."""
-    xp = _module(values)
-    total = xp.zeros(len(values) + 1, dtype=xp.int64, device=values.device)
-    total[1:] = xp.cumsum(values, 0)
-    return total
 
 
 def _sort_runs(values: Array, head: Array | None) -> Array:
@@ -2088,14 +2085,17 @@ class _Groups(NamedTuple):
 
     @classmethod
     def sort(cls, group: Array, position: Array, length: int, head: Array | None = None) -> _Groups:
-        """Sort positions < length by (group, position); `head` as in `_sort_runs`."""
+        """Sort positions < length by (group, position), overwriting `group`; `head` as in `_sort_runs`."""
         bits = length.bit_length()
-        if len(group) and int(group.max()).bit_length() + bits > 63:
+        if bits > 31 or (len(group) and int(group.max()).bit_length() + bits > 63):
             raise ValueError(f"{length} tokens of this vocabulary overflow 63-bit keys: count fewer at once")
-        packed = _sort_runs((group << bits) | position, head)  # values only: positions travel in the low bits
-        return cls(packed & ((1 << bits) - 1), _heads(packed >> bits), packed, bits)
+        group <<= bits
+        group |= position  # values alone get sorted, positions travel in the low bits
+        packed = _sort_runs(group, head)
+        position = _module(packed).asarray(packed & ((1 << bits) - 1), dtype=position.dtype)
+        return cls(position, _heads(packed >> bits), packed, bits)
 
-    def earlier(self, block_of: Array, weight: Array, length: int) -> list[Array]:
+    def earlier(self, block_of: Array | None, weight: Array | None, length: int) -> list[Array]:
         """Per position, how many of its group lie in earlier blocks, and their `weight` (N,) where given.
 
         `block_of` (N,) ascends; None stands for blocks of one token.
@@ -2103,21 +2103,23 @@ class _Groups(NamedTuple):
         index = _arange(len(self.head), self.head)
 
         def run_start(head: Array) -> Array:
-            return index[head][_module(head).cumsum(head, 0) - 1]
+            return index[head][_cumsum(head) - 1]
 
         first = run_start(self.head)
         own = index if block_of is None else run_start(self.head | _heads(block_of[self.position]))
         counts = [_scatter(own - first, self.position, length)]
         if weight is not None:
-            total = _sum_before(weight[self.position])
+            weight = weight[self.position]
+            total = _cumsum(weight) - weight
             counts.append(_scatter(total[own] - total[first], self.position, length))
         return counts
 
     def lookup(self, group: Array, before: Array, weight: Array) -> Array:
-        """Summed weight that any `group` holds at positions below `before`."""
+        """Summed weight (N,) that any `group` holds at positions below `before`."""
         limits = ((group << self.bits) | x for x in (before * 0, before))
         start, end = (_module(group).searchsorted(self.packed, limit) for limit in limits)
-        total = _sum_before(weight[self.position])
+        total = _arange(len(self.packed) + 1, weight) * 0
+        total[1:] = _cumsum(weight[self.position])
         return total[end] - total[start]
 
 
@@ -2143,7 +2145,7 @@ def iter_ngram_counts(
         # A group of one (context, token) is one context of the next order; a group of one never recurs.
         recurs = ~targets.head
         recurs[:-1] |= ~targets.head[1:]
-        recurs &= targets.position + 1 < len(tokens)
+        recurs &= targets.position < len(tokens) - 1
         contexts = _Groups(targets.position[recurs] + 1, targets.head[recurs], None, 0)
 
 
@@ -2151,22 +2153,23 @@ def _count_order(
     tokens: Array, contexts: _Groups, block: int, probe: MassProbe | None
 ) -> tuple[NgramCounts, _Groups]:
     """C, F and T of the targets at contexts.position, and these grouped by (context, target)."""
-    xp, n = _module(tokens), len(tokens)
+    n = len(tokens)
     block_of = None if block == 1 else _arange(n, tokens) // block
     token_bits = max(int(tokens.max()), probe.vocab_size - 1 if probe else 0).bit_length() if n else 0
-    token = _wide(tokens[contexts.position])
-    context = xp.cumsum(contexts.head, 0) - 1
-    targets = _Groups.sort((context << token_bits) | token, contexts.position, n, contexts.head)
+    context = _cumsum(contexts.head) - 1
+    group = _wide(context) << token_bits
+    group |= tokens[contexts.position]
+    targets = _Groups.sort(group, contexts.position, n, contexts.head)
     is_new = _scatter(targets.head, targets.position, n)
     (target_count,) = targets.earlier(block_of, None, n)
     context_count, distinct = contexts.earlier(block_of, is_new, n)
     counts = NgramCounts(context_count, target_count, distinct)
     if probe:
-        at = xp.asarray(probe.position, device=tokens.device)[:, None]
-        own = _wide(_scatter(context + 1, contexts.position, n)[at]) - 1
-        every = (own << token_bits) | _arange(probe.vocab_size, tokens)  # negative: never met
-        probe.record(counts, targets.lookup(every, at // block * block, xp.ones_like(is_new)))
-    return counts, targets
+        at = probe.at(tokens)
+        own = _wide(_scatter(context + 1, contexts.position, n)[at]) - 1  # negative where it never recurs
+        every = (own << token_bits) | _arange(probe.vocab_size, tokens)
+        probe.record(counts, targets.lookup(every, at // block * block, is_new * 0 + 1))
+    return counts, targets._replace(packed=None)
 
 
 def iter_hashed_counts(
@@ -2180,19 +2183,19 @@ def iter_hashed_counts(
     """
     if buckets & (buckets - 1):
         raise ValueError(f"buckets must be a power of two, got {buckets}")
-    xp, n, position, wide = _module(tokens), len(tokens), _arange(len(tokens), tokens), _wide(tokens)
+    n, position, wide = len(tokens), _arange(len(tokens), tokens), _wide(tokens)
     block_of = (position - 1 + (position == 0)) // block
     added_from = block_of * block + (block_of > 0)  # first token that the block adds
     for order in range(1, max_order + 1):
-        context, multiplier = position * 0, HASH_MULTIPLIERS[(order - 1) % 7]
+        context, multiplier = wide * 0, HASH_MULTIPLIERS[(order - 1) % 7]
         for k in range(order - 1):
-            context[order - 1 :] ^= wide[k : n - order + 1 + k] * HASH_MULTIPLIERS[k % 7]
-        counted = position - (order - 1) >= added_from
+            context[order - 1 :] ^= wide[k : k + max(n - order + 1, 0)] * HASH_MULTIPLIERS[k % 7]
+        counted = position * 0 + (position - (order - 1) >= added_from)
         hashes = (context & (buckets - 1), (context ^ (wide * multiplier)) & (buckets - 1))
         groups = [_Groups.sort(bucket[order - 1 :], position[order - 1 :], n) for bucket in hashes]
         counts = NgramCounts(*[group.earlier(block_of, counted, n)[1] for group in groups], distinct=None)
         if probe:
-            at = xp.asarray(probe.position, device=tokens.device)[:, None]
+            at = probe.at(tokens)
             every = (context[at] ^ (_arange(probe.vocab_size, tokens) * multiplier)) & (buckets - 1)
             probe.record(counts, groups[1].lookup(every, added_from[at], counted))
         yield counts
@@ -2253,11 +2256,12 @@ class BackoffNgramMixer:
 
     def __init__(self, max_order: int = 10, block: int = 1, prior: tuple[float, float] = (0.1, 1.0)) -> None:
         self.max_order, self.block = max_order, block
-        bins = (len(self.count_edges) + 1, len(self.novelty_edges) + 2, len(self.entropy_edges) + 1)
-        shape = (max_order, *bins)
+        self.novelty_bins = len(self.novelty_edges) + 2  # one more where T = C, one where T = 1
+        contexts = (len(self.count_edges) + 1) * self.novelty_bins
+        shape = (max_order, contexts, len(self.entropy_edges) + 1)
         self.reached = np.full(shape, sum(prior))  # targets that no higher order explained
-        self.taken = np.full(shape, prior[0])  # those that this order did
-        self.taken[:, 0] = 0.0  # C = 0
+        self.taken = np.full(shape, prior[0])  # those of them that this order did
+        self.taken[:, : self.novelty_bins] = 0.0  # C = 0: nothing to take from
 
     def counts(self, tokens: Array, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
         return iter_ngram_counts(tokens, self.max_order, self.block, probe)
@@ -2265,18 +2269,18 @@ class BackoffNgramMixer:
     def experts(self, counts: Iterable[NgramCounts]) -> Rows:
         shares, buckets = [], []
         for seen, followed, distinct in counts:
-            scale = 1 / np.maximum(seen, 1, dtype=np.float32)
-            novelty = np.where(distinct == 1, 7, _bin(distinct * scale, self.novelty_edges))
-            buckets.append((_bin(seen, self.count_edges) * 8 + novelty).astype(np.uint8))
-            shares.append(followed * scale)
+            total = np.maximum(seen, 1)
+            shares.append(np.divide(followed, total, dtype=np.float32))
+            novelty = _bin(np.divide(distinct, total, dtype=np.float32), self.novelty_edges)
+            novelty = np.where(distinct == 1, self.novelty_bins - 1, novelty)
+            buckets.append((_bin(seen, self.count_edges) * self.novelty_bins + novelty).astype(np.uint8))
         return shares, buckets
 
     def _chain(self, block: Evidence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Each order's table cell and weight (K, B), and the target's q_0..q_K (K + 1, B)."""
-        cell = (
-            np.arange(self.max_order)[:, None] * (self.taken[0].size // self.taken.shape[-1]) + block.bucket
-        )
-        cell = cell * self.taken.shape[-1] + _bin(block.entropy, self.entropy_edges)
+        orders, contexts, entropies = self.taken.shape
+        cell = np.arange(orders)[:, None] * contexts + block.bucket
+        cell = cell * entropies + _bin(block.entropy, self.entropy_edges)
         weight = self.taken.take(cell) / self.reached.take(cell)
         chain = np.empty((self.max_order + 1, len(block.logp)))
         chain[0] = np.exp(block.logp)
@@ -2355,11 +2359,11 @@ class HedgeMixer:
     guarded = False
 
     def counts(self, tokens: Array, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
-        position = _arange(len(tokens), tokens)
-        row, wide = position * 0, _wide(tokens)
+        wide = _wide(tokens)
+        row = wide * 0
         row[1:] = 27191 * wide[:-1]
         row[2:] ^= 36313 * wide[:-2]
-        rows = _Groups.sort(row & 65535, position, len(tokens))
+        rows = _Groups.sort(row & 65535, _arange(len(tokens), tokens), len(tokens))
         yield _count_order(tokens, rows, 1, probe)[0]
         yield from iter_ngram_counts(tokens, 5, probe=probe)
 
@@ -2389,7 +2393,7 @@ class HedgeMixer:
 def guard(neural: np.ndarray, learned: np.ndarray) -> np.ndarray:
     """Log-odds (N,) of `learned` against `neural` at each target, from the targets before it."""
     gain = learned - neural.astype(np.float64)
-    return np.concatenate([[0.0], np.cumsum(gain[:-1])])
+    return np.concatenate([[0.0], np.cumsum(gain)])[:-1]
 
 
 def blend(neural: np.ndarray, learned: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
@@ -2419,12 +2423,17 @@ def mix_stream(
 
 
 def mix_scores(
-    mixer: Mixer, tokens: Array, logp: np.ndarray, entropy: np.ndarray, probe: MassProbe | None = None
+    mixer: Mixer,
+    tokens: Array,
+    logp: np.ndarray,
+    entropy: np.ndarray,
+    probe: MassProbe | None = None,
+    block: int = 2048,
 ) -> np.ndarray:
     """Mix the neural scores (N,) of targets tokens[1:]; float64 log-probabilities (N,) in nats."""
     orders = mixer.counts(tokens, probe)
     counts = (NgramCounts(*(c if c is None else _host(c)[1:] for c in order)) for order in orders)
-    return mix_stream(mixer, Evidence(logp, entropy, *mixer.experts(counts)), probe=probe)
+    return mix_stream(mixer, Evidence(logp, entropy, *mixer.experts(counts)), block, probe)
 
 
 class MassProbe:
@@ -2440,6 +2449,11 @@ class MassProbe:
         self.vocab_size = logp.shape[1]
         self.counts: list[NgramCounts] = []
         self.learned, self.mass = np.empty(logp.shape), np.empty(len(position))
+
+    def at(self, like: Array) -> Array:
+        """`position` (S, 1) as the kind of array that `like` is."""
+        position = self.position[:, None]
+        return torch.as_tensor(position, device=like.device) if _module(like) is torch else position
 
     def record(self, counts: NgramCounts, target_count: Array) -> None:
         """Keep one order's C and T (S, 1) at the samples, with F (S, V) of every token."""
@@ -2619,4 +2633,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # gloo's threads can abort a process whose work is done while the interpreter is taken down

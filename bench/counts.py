@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-import mixing_section as m
+import train_gpt as m
 
 CHAIN_TOKENS = 4096
 

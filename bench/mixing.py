@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-import mixing_section as m
+import train_gpt as m
 from bench.counts import synthetic_tokens
 
 VOCAB_SIZE = 1024

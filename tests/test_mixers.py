@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mixing_section as m
+import train_gpt as m
 
 VOCAB_SIZE = 12
 BLOCK = 50

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mixing_section as m
+import train_gpt as m
 
 torch.set_num_threads(1)
 

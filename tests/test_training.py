@@ -243,7 +243,7 @@ def test_weight_averages(train):
 @pytest.mark.parametrize(
     "overrides",
     [
-        dict(NUM_LAYERS=1, VE_LAYERS=""),
+        dict(NUM_LAYERS=1, VE_LAYERS="", TTT_FREEZE_BLOCKS=0),
         dict(TIE_EMBEDDINGS=0, MTP_NUM_HEADS=0),
         dict(MTP_NUM_HEADS=3, TRAIN_SEQ_LEN=4, EVAL_SEQ_LEN=7, EVAL_STRIDE=3),
         dict(ROPE_DIMS=0, XSA_LAST_N=3, SMEAR_BOS_MASK=0, LN_SCALE=0, LEAKY_SLOPE=0),
@@ -268,7 +268,7 @@ def test_the_artifact_scores_the_same_in_a_bare_new_process(tiny_run: Run, tmp_p
         shutil.copy(Path(tiny_run.environ["DATA_PATH"]) / name, tmp_path / name)
     shutil.copy(tiny_run.artifact, tmp_path / "sent.ptz")
     kept = {name: value for name, value in tiny_run.environ.items() if name in ("PATH", "HOME", "OMP_NUM_THREADS")}
-    settings = dict(EVAL_ONLY="1", ARTIFACT="sent.ptz", DATA_PATH=".", TOKENIZER_PATH="tokenizer.model", RUN_ID="run")
+    settings = dict(RECIPE="leaky", EVAL_ONLY="1", ARTIFACT="sent.ptz", DATA_PATH=".", TOKENIZER_PATH="tokenizer.model", RUN_ID="run")
     settings |= {name: tiny_run.environ[name] for name in ("VOCAB_SIZE", "EVAL_SEQ_LEN", "EVAL_STRIDE", "DEVICE")}
     environ = {**kept, **settings, "OUT_DIR": str(tmp_path / "out"), "EVAL_BATCH_SEQS": "16"}
     process = run_script(environ, cwd=tmp_path)
@@ -283,11 +283,11 @@ def test_the_artifact_scores_the_same_in_a_bare_new_process(tiny_run: Run, tmp_p
 def test_a_part_of_the_split_says_so_wherever_a_result_is_shown(train):
     events, folder = train(VAL_TOKENS=500, ITERATIONS=3, VAL_LOSS_EVERY=2)
     results = [row for row in events if "val_bpb" in row]
-    assert len(results) == 8
+    assert len(results) == 10
     assert all(row["note"] == "partial" for row in results)
     lines = (folder / "logs" / "run.txt").read_text(encoding="utf-8").split("===== log =====\n")[1].splitlines()
     shown = [line for line in lines if "val_bpb:" in line]
-    assert len(shown) == 8
+    assert len(shown) == 10
     assert all(line.split()[-1] == "partial" for line in shown)
     assert event(events, "validation")["targets"] == 500
 
@@ -337,7 +337,7 @@ LINES = [
     r"python:\d+\.\d+\.\S+ torch:\S+ cuda:\S+ world_size:1 device:cpu .*",
     r"config recipe:leaky seed:1337 .*matrix_lr:0\.027.*",
     r"validation targets:\d+ bytes:\d+",
-    r"track:fixed_predictor",
+    r"track:adaptive",
     r"train_shards count:2 tokens:\d+",
     r"model parameters:\d+ attention:sdpa",
     rf"step:7/20 train_loss:{NUMBER} train_time:\d+ms step_avg:\d+\.\d\dms .*",
@@ -353,8 +353,10 @@ LINES = [
     rf"final_int6_roundtrip_exact val_loss:{EXACT} val_bpb:{EXACT}",
     rf"final_int6_sliding_window val_loss:{NUMBER} val_bpb:{NUMBER} stride:8 eval_time:\d+ms",
     rf"final_int6_sliding_window_exact val_loss:{EXACT} val_bpb:{EXACT} stride:8",
+    rf"legal_ttt val_loss:{NUMBER} val_bpb:{NUMBER} epochs:3 chunk:32768 eval_time:\d+ms",
+    rf"legal_ttt_exact val_loss:{EXACT} val_bpb:{EXACT} epochs:3 chunk:32768",
     r"evaluation total:\d+\.\ds budget:600\.0s",
-    rf"final_int8_zlib_roundtrip_exact val_loss:{EXACT} val_bpb:{EXACT}",
+    rf"final_int8_zlib_roundtrip_exact val_loss:{EXACT} val_bpb:{EXACT} valid:True",
 ]
 
 
@@ -378,7 +380,7 @@ def test_jsonl_has_the_numbers_of_the_log(tiny_run: Run):
             assert row == json.loads(json.dumps(dataclasses.asdict(Config.from_env(tiny_run.environ))))
             continue
         for key, value in row.items():
-            if key == "note" or isinstance(value, str):
+            if key == "note" or isinstance(value, str | bool):
                 assert str(value) in line
                 continue
             shown = re.search(rf" {re.sub('_m?s$', '', key)}:(-?\d+\.?(\d*))(ms|s)?(?= |$)", line)

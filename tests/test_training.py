@@ -268,7 +268,8 @@ def test_the_artifact_scores_the_same_in_a_bare_new_process(tiny_run: Run, tmp_p
         shutil.copy(Path(tiny_run.environ["DATA_PATH"]) / name, tmp_path / name)
     shutil.copy(tiny_run.artifact, tmp_path / "sent.ptz")
     kept = {name: value for name, value in tiny_run.environ.items() if name in ("PATH", "HOME", "OMP_NUM_THREADS")}
-    settings = dict(RECIPE="leaky", EVAL_ONLY="1", ARTIFACT="sent.ptz", DATA_PATH=".", TOKENIZER_PATH="tokenizer.model", RUN_ID="run")
+    settings = dict(RECIPE="leaky", EVAL_ONLY="1", ARTIFACT="sent.ptz", RUN_ID="run")
+    settings |= dict(DATA_PATH=".", TOKENIZER_PATH="tokenizer.model")
     settings |= {name: tiny_run.environ[name] for name in ("VOCAB_SIZE", "EVAL_SEQ_LEN", "EVAL_STRIDE", "DEVICE")}
     environ = {**kept, **settings, "OUT_DIR": str(tmp_path / "out"), "EVAL_BATCH_SEQS": "16"}
     process = run_script(environ, cwd=tmp_path)

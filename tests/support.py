@@ -135,6 +135,10 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def events_of(environ: dict[str, str]) -> list[dict]:
+    return read_events(Path(environ["OUT_DIR"]) / "logs" / "run.jsonl")
+
+
 def event(events: Iterable[dict[str, Any]], name: str) -> dict[str, Any]:
     """The only row of that name."""
     found = [row for row in events if row["event"] == name]

@@ -15,13 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPO, SCRIPT, VAL_TARGETS, Run, event, read_events, run_script, tiny_environ, train_rows
+from support import REPO, SCRIPT, VAL_TARGETS, Run, event, events_of, read_events, run_script, tiny_environ, train_rows
 
 from train_gpt import BANK_NAMES, Config, Trainer, load_artifact, save_artifact
-
-
-def events_of(environ: dict[str, str]) -> list[dict]:
-    return read_events(Path(environ["OUT_DIR"]) / "logs" / "run.jsonl")
 
 
 def names_of(events: list[dict]) -> list[str]:

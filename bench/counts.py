@@ -11,10 +11,13 @@ import argparse
 import json
 import platform
 import resource
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as m
 
 CHAIN_TOKENS = 4096

@@ -182,21 +182,20 @@ class DistributionProbe(train_gpt.MassProbe):
 
 
 class Mixed:
-    """A mixer on a neural stage."""
+    """A mixer on a neural stage; unless `whole`, its blocks are cut for short streams."""
 
-    def __init__(self, neural: Neural, config: train_gpt.Config):
-        self.neural, self.config = neural, config
-
-    def mixer(self) -> train_gpt.Mixer:
-        mixer = train_gpt.make_mixer(self.config)
-        assert mixer is not None
-        # Hedge leaves its first 10,000 targets to the neural model, which is more than a short stream has.
-        return dataclasses.replace(mixer, min_tokens=MIX_BLOCK) if isinstance(mixer, train_gpt.HedgeMixer) else mixer
+    def __init__(self, neural: Neural, config: train_gpt.Config, whole: bool = False):
+        self.neural, self.config, self.whole = neural, config, whole
 
     def mix(self, tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, probe: Any = None) -> np.ndarray:
-        driver = functools.partial(train_gpt.mix_stream, block=MIX_BLOCK)
+        mixer, driver = train_gpt.make_mixer(self.config), train_gpt.mix_stream
+        assert mixer is not None
+        if not self.whole:
+            driver = functools.partial(driver, block=MIX_BLOCK)
+            if isinstance(mixer, train_gpt.HedgeMixer):  # it leaves its first 10,000 targets to the neural model
+                mixer = dataclasses.replace(mixer, min_tokens=MIX_BLOCK)
         with mock.patch.object(train_gpt, "mix_stream", driver):
-            return train_gpt.mix_scores(self.mixer(), tokens.astype(np.int64), logp, entropy, probe)
+            return train_gpt.mix_scores(mixer, tokens.astype(np.int64), logp, entropy, probe)
 
     def score(self, tokens: np.ndarray) -> Scores:
         """Mixed logp, neural entropy and neural logp, (N,)."""
@@ -223,12 +222,19 @@ def make_stages(model: train_gpt.GPT, config: train_gpt.Config) -> list[Stage]:
         if config.mixer != "none":
             mixed = Mixed(last, config)
             stages.append(Stage(f"ttt+{config.mixer}", mixed.score, vocab_size, mixed.claim))
+    return stages + mixer_stages(sliding, config)
+
+
+def mixer_stages(sliding: Neural, config: train_gpt.Config, whole: bool = False) -> list[Stage]:
+    """Every mixer on the sliding window: the one in use with its options, the others with their defaults."""
+    stages = []
     for name in MIXERS:
         own = dataclasses.replace(config, mixer=name)
-        if name != config.mixer:  # options of the mixer in use are not the others'
+        if name != config.mixer:
             own = dataclasses.replace(own, ngram_counts="exact", entropy_expert=False)
-        mixed = Mixed(sliding, own)
-        stages.append(Stage(f"sliding+{name}", mixed.score, vocab_size, mixed.claim))
+        mixed = Mixed(sliding, own, whole)
+        label = f"sliding+{name}" + (", own blocks" if whole else "")
+        stages.append(Stage(label, mixed.score, own.vocab_size, mixed.claim))
     return stages
 
 
@@ -277,21 +283,28 @@ def first_difference(left: Scores, right: Scores, stop: int) -> int | None:
     return int(np.argmax(differs)) if differs.any() else None
 
 
+def other_futures(tokens: np.ndarray, cut: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """The stream with every token after target `cut` replaced: by others, by that target, by the one before it."""
+    later = slice(cut + 2, None)
+    shifts = np.random.default_rng(cut).integers(1, vocab_size, len(tokens[later]))
+    for future in ((tokens[later] + shifts) % vocab_size, tokens[cut + 1], tokens[cut]):
+        changed = tokens.copy()
+        changed[later] = future
+        yield changed
+
+
 def check_future(stage: Stage, tokens: np.ndarray, cuts: Sequence[int]) -> Verdict:
     """Change every token after target i: all that is reported for targets ≤ i stays the same, bit for bit."""
-    rng = np.random.default_rng(1)
     reported = stage.score(tokens)
     for cut in cuts:
-        changed = tokens.copy()
-        later = changed[cut + 2 :]
-        later[:] = (later + rng.integers(1, stage.vocab_size, len(later))) % stage.vocab_size
-        differs = first_difference(reported, stage.score(changed), cut + 1)
-        if differs is not None:
-            return False, f"target {differs} changes when only tokens after target {cut} do"
+        for changed in other_futures(tokens, cut, stage.vocab_size):
+            differs = first_difference(reported, stage.score(changed), cut + 1)
+            if differs is not None:
+                return False, f"target {differs} changes when only tokens after target {cut} do"
     differs = first_difference(reported, stage.score(tokens), len(tokens) - 1)
     if differs is not None:
         return False, f"target {differs} changes when the same tokens are scored again"
-    return True, f"{len(cuts)} cuts, no bit changes"
+    return True, f"{len(cuts)} cuts, three futures each, no bit changes"
 
 
 class Counterfactual(NamedTuple):
@@ -324,7 +337,7 @@ def judge_mass(stage: Stage, tokens: np.ndarray, asked: dict[int, Counterfactual
     """
     masses = {target: float(answer.probabilities.sum()) for target, answer in asked.items()}
     worst = max(masses, key=lambda target: abs(masses[target] - 1))
-    figure = f"mass {masses[worst]:.7f} at the worst of {len(masses)} targets, {stage.vocab_size} tokens each"
+    figure = f"mass {masses[worst]:.7f} (worst of {len(masses)}; {stage.vocab_size} tokens each)"
     ok = abs(masses[worst] - 1) <= train_gpt.MASS_TOLERANCE
     if stage.claim is None:
         return ok, figure
@@ -347,10 +360,7 @@ def judge_claim(stage: Stage, tokens: np.ndarray, asked: dict[int, tuple[np.ndar
 
 
 def judge_own_target(answers: Sequence[Counterfactual]) -> Verdict:
-    """What is reported before a target is learned cannot depend on it: not its entropy, nothing earlier."""
-    earlier = [answer.earlier for answer in answers if answer.earlier is not None]
-    if earlier:
-        return False, f"target {earlier[0]} changes with a later one"
+    """The prediction of a target is made before the target is known, so its entropy cannot depend on it."""
     moves = [answer.entropy_moves for answer in answers if answer.entropy_moves is not None]
     if not moves:
         return True, "no entropy reported: the mass decides"
@@ -358,6 +368,14 @@ def judge_own_target(answers: Sequence[Counterfactual]) -> Verdict:
         return False, f"the prediction's entropy moves by {max(moves):.1e} nats with its own target"
     asked = sum(len(answer.probabilities) for answer in answers)
     return True, f"the prediction's entropy is the same for each of {asked} tokens"
+
+
+def judge_earlier(answers: Sequence[Counterfactual]) -> Verdict:
+    """Whatever token comes next, nothing changes in what was reported before it."""
+    earlier = [answer.earlier for answer in answers if answer.earlier is not None]
+    if earlier:
+        return False, f"target {earlier[0]} changes with a later one"
+    return True, f"{sum(len(answer.probabilities) for answer in answers)} next tokens tried, no earlier bit changes"
 
 
 def pick_candidates(stage: Stage, tokens: np.ndarray, target: int, count: int) -> np.ndarray:
@@ -371,7 +389,7 @@ def pick_candidates(stage: Stage, tokens: np.ndarray, target: int, count: int) -
 def check_predictions(
     report: Report, stage: Stage, tokens: np.ndarray, targets: Sequence[int], sampled: int = 0
 ) -> None:
-    """Conditions 2 and 3 at some targets: by every token of the vocabulary, or by `sampled` of them."""
+    """Conditions 1 to 3 at some targets: by every token of the vocabulary, or by `sampled` of them."""
     asked: dict[int, tuple[np.ndarray, Counterfactual]] = {}
 
     def normalised() -> Verdict:
@@ -385,6 +403,7 @@ def check_predictions(
 
     report.add("counterfactual mass", NORMALISED, stage.name, normalised)
     answers = [answer for _, answer in asked.values()]
+    report.add("next token unknown", CAUSAL, stage.name, lambda: judge_earlier(answers))
     report.add("own target unknown", SCORE_FIRST, stage.name, lambda: judge_own_target(answers))
 
 
@@ -660,10 +679,10 @@ class Rehearsal:
         """Synthetic train shards and settings: the recipe's evaluation, a model small enough for seconds."""
         letters = "aeinorstlu"
         words = [a + b for a, b in itertools.product(letters, "énts")]
-        pieces = ["<pad>", "<s>", "</s>", "<unk>", *(f"▁{word}" for word in words[::2]), *letters, *words[1::2]][:40]
+        pieces = ["<pad>", "<s>", "</s>", "<unk>", *(f"▁{word}" for word in words[::2]), *letters, *words[1::2]][:32]
         config = dataclasses.replace(
-            recipe, vocab_size=len(pieces), num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0,
-            bigram_vocab_size=64, bigram_dim=8, xsa_last_n=1, rope_dims=8, rope_train_len=32, ve_dim=8, ve_layers=(2,),
+            recipe, vocab_size=len(pieces), num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0,
+            bigram_vocab_size=64, bigram_dim=8, xsa_last_n=1, rope_dims=8, rope_train_len=32, ve_dim=8, ve_layers=(1,),
             mtp_num_heads=1, train_seq_len=32, train_batch_tokens=512, micro_batch_tokens=512, iterations=30,
             warmup_steps=0, warmdown_iters=15, max_wallclock_seconds=0.0, muon_momentum_warmup_steps=10, ema_decay=0.8,
             matrix_lr=0.05, tied_embed_lr=0.1, val_loss_every=0, train_log_every=1000, kg_enabled=False, swarm_every=10,
@@ -729,6 +748,7 @@ def check_same_artifact(first: bytes, second: bytes) -> Verdict:
 # The audit.
 # ----------------------------------------------------------------------------------------------------------
 STREAM_TARGETS = 181  # four chunks of 50, the last one short
+LONG_TARGETS = 12_700  # seven blocks of a mixer; Hedge has learned from one of them
 
 
 class Effort(NamedTuple):
@@ -753,7 +773,7 @@ def pick_cuts(num_targets: int, config: train_gpt.Config, count: int) -> list[in
 
 def pick_targets(num_targets: int, config: train_gpt.Config, count: int) -> list[int]:
     """Targets to ask about, among those whose whole prediction a run keeps: late ones first, then others."""
-    wanted = [num_targets - 2, 2 * config.ttt_chunk_tokens + 1, num_targets - 20, config.ttt_chunk_tokens, 30, 0]
+    wanted = [num_targets - 5, 2 * config.ttt_chunk_tokens + 1, num_targets - 20, config.ttt_chunk_tokens, 30, 0]
     kept = train_gpt.sample_targets(num_targets)
     nearest = [int(kept[np.abs(kept - target).argmin()]) for target in wanted]
     return list(dict.fromkeys(nearest))[:count]
@@ -789,6 +809,18 @@ def audit_coverage(
         report.add("every target once", SINGLE_PASS, name, lambda n=neural: check_single_pass(n.run, tokens, lengths))
 
 
+def audit_own_blocks(report: Report, model: train_gpt.GPT, recipe: train_gpt.Config) -> None:
+    """Conditions 1 to 3 on the mixers with blocks of the length that a run has; windows do not overlap here."""
+    config = dataclasses.replace(
+        shorten(recipe, LONG_TARGETS), eval_stride=24, eval_batch_seqs=64, ngram_block=recipe.ngram_block
+    )
+    tokens = make_stream(zipf_material(config.vocab_size, 12_000, 4), LONG_TARGETS + 1)
+    targets = train_gpt.sample_targets(LONG_TARGETS)[-2:-1].tolist()
+    for stage in mixer_stages(Neural(model, config, ttt=False), config, whole=True):
+        report.add("future invariance", CAUSAL, stage.name, lambda s=stage: check_future(s, tokens, (2047, 10_500)))
+        check_predictions(report, stage, tokens, targets)
+
+
 def audit_own_model(report: Report, recipe: train_gpt.Config, effort: Effort) -> None:
     """All checks on a model trained here, where every token of a small vocabulary can be tried."""
     with tempfile.TemporaryDirectory() as folder:
@@ -810,6 +842,8 @@ def audit_own_model(report: Report, recipe: train_gpt.Config, effort: Effort) ->
         tokens = make_stream(zipf_material(config.vocab_size, 400, 3), STREAM_TARGETS + 1)
         audit_stages(report, make_stages(model, config), config, tokens, effort)
         audit_coverage(report, model, config, tokens, effort)
+        own_blocks = dataclasses.replace(config, ngram_block=recipe.ngram_block, ngram_buckets=recipe.ngram_buckets)
+        audit_own_blocks(report, model, own_blocks)
         validation = rehearsal.validation()
         audit_accounting(report, validation, rehearsal.tokenizer.decode, model, config)
         audit_file(report, config.artifact_path, config, tokens)
@@ -875,9 +909,10 @@ def audit_log(report: Report, path: Path) -> None:
 
 
 def overridden(config: train_gpt.Config, environ: Any) -> train_gpt.Config:
-    """`config` with the fields that the environment names."""
+    """`config` with the fields that the environment names, but for RECIPE, which stands for many."""
     wanted = train_gpt.Config.from_env(environ)
     names = [field.name for field in dataclasses.fields(config) if field.name.upper() in environ]
+    names = [name for name in names if name != "recipe"]
     return dataclasses.replace(config, **{name: getattr(wanted, name) for name in names}).validate()
 
 
@@ -891,7 +926,7 @@ def audit(arguments: argparse.Namespace) -> Report:
         recipe = overridden(train_gpt.load_artifact(arguments.artifact)[1], os.environ)
         audit_artifact(report, arguments.artifact, arguments)
     audit_own_model(report, recipe, QUICK if arguments.quick else FULL)
-    report.findings.sort(key=lambda finding: finding.condition)
+    report.findings.sort(key=lambda finding: (finding.condition, finding.check))
     return report
 
 

@@ -258,6 +258,18 @@ def test_model_that_stays_adapted(
     assert "target 0 changes" in figure
 
 
+def test_odds_that_include_the_target(
+    sliding: audit.Neural, config: train_gpt.Config, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard between mixer and neural model, one target too early: only early targets show it."""
+    monkeypatch.setattr(train_gpt, "guard", lambda neural, learned: np.cumsum(learned - neural))
+    mixed = audit.Mixed(sliding, dataclasses.replace(config, mixer="backoff"))
+    report = audit.Report()
+    stage = audit.Stage("sliding+backoff", mixed.score, config.vocab_size, mixed.claim)
+    audit.audit_stages(report, [stage], config, tokens, EFFORT)
+    assert {finding.condition for finding in report.violations} == {audit.NORMALISED}
+
+
 def test_stated_distribution_that_is_not_the_score(
     violated: Callable[..., set[str]], sliding: audit.Neural, tokens: np.ndarray, config: train_gpt.Config
 ) -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import audit
 
-EFFORT = audit.Effort(cuts=6, targets=1, strides=())
+EFFORT = audit.Effort(cuts=3, targets=1, strides=())
 VOCAB = 32
 RECIPE = train_gpt.Config.from_env({"RECIPE": "swarm", "DEVICE": "cpu"})
 

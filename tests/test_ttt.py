@@ -494,11 +494,18 @@ import json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
 import dataclasses, numpy as np, torch, train_gpt, test_ttt
 torch.set_num_threads(1)
-with train_gpt.Runtime(test_ttt.CONFIG, os.environ) as runtime:
+
+def score_all(runtime):
     for name, options in json.loads(sys.argv[3]).items():
         config = dataclasses.replace(test_ttt.CONFIG, **options)
         scores = train_gpt.score_then_adapt(test_ttt.lively_model(config), config, runtime, test_ttt.STREAM)
         np.savez(f"{sys.argv[2]}/{name}{runtime.rank}.npz", **scores._asdict())
+
+def main():  # a process group that is still referred to when Python exits may abort the process
+    with train_gpt.Runtime(test_ttt.CONFIG, os.environ) as runtime:
+        score_all(runtime)
+
+main()
 """
 
 

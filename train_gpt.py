@@ -174,7 +174,7 @@ class Config:
     ngram_order: int = 10
     ngram_counts: str = "exact"  # hashed, as published: the result is no probability, and is labelled INVALID
     ngram_buckets: int = 4_194_304
-    ngram_block: int = 2048  # hashed counts take in this many targets at a time
+    ngram_block: int = 8192  # hashed counts take in this many targets at a time: 128 windows at stride 64
     ngram_min_count: int = 1
     alpha_base: float = 0.20
     alpha_range: float = 0.55

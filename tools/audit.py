@@ -188,14 +188,14 @@ class Mixed:
         self.neural, self.config, self.whole = neural, config, whole
 
     def mix(self, tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, probe: Any = None) -> np.ndarray:
-        mixer, driver = train_gpt.make_mixer(self.config), train_gpt.mix_stream
+        mixer = train_gpt.make_mixer(self.config)
         assert mixer is not None
-        if not self.whole:
-            driver = functools.partial(driver, block=MIX_BLOCK)
-            if isinstance(mixer, train_gpt.HedgeMixer):  # it leaves its first 10,000 targets to the neural model
-                mixer = dataclasses.replace(mixer, min_tokens=MIX_BLOCK)
-        with mock.patch.object(train_gpt, "mix_stream", driver):
-            return train_gpt.mix_scores(mixer, tokens.astype(np.int64), logp, entropy, probe)
+        tokens = tokens.astype(np.int64)
+        if self.whole:
+            return train_gpt.mix_scores(mixer, tokens, logp, entropy, probe)
+        if isinstance(mixer, train_gpt.HedgeMixer):  # it leaves its first 10,000 targets to the neural model
+            mixer = dataclasses.replace(mixer, min_tokens=MIX_BLOCK)
+        return train_gpt.mix_scores(mixer, tokens, logp, entropy, probe, MIX_BLOCK)
 
     def score(self, tokens: np.ndarray) -> Scores:
         """Mixed logp, neural entropy and neural logp, (N,)."""
@@ -478,7 +478,7 @@ def check_single_pass(score: Score, tokens: np.ndarray, lengths: Sequence[int]) 
 
 def check_summary(logp: np.ndarray, stream: Any) -> Verdict:
     """val_loss and val_bpb are the sums they are named for; `stream` has tokens, bytes and num_targets."""
-    result = train_gpt.summarize(logp, stream)
+    result = train_gpt.summarize(train_gpt.TokenScores(logp, np.zeros_like(logp)), stream)
     total, total_bytes = -math.fsum(logp.tolist()), int(stream.bytes.astype(np.int64).sum())
     expected = total / len(logp), total / math.log(2) / total_bytes
     gap = max(abs(a / b - 1) for a, b in zip((result.val_loss, result.val_bpb), expected))

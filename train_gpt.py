@@ -1933,7 +1933,8 @@ class TestTimeTrainer:
         frozen = tuple(f"blocks.{layer}." for layer in range(self.config.ttt_freeze_blocks))
         every = [name for name, role in self.model.parameter_roles().items() if role != "mtp_head"]
         if self.config.ttt_scope == "last":
-            return [n for n in every if n in BANK_NAMES or self.model.get_parameter(n).ndim < 2 or "resid_mix" in n]
+            gains = {n for n in every if self.model.get_parameter(n).ndim < 2 or n.endswith(("resid_mix", "skip_weights"))}
+            return [name for name in every if name in BANK_NAMES or name in gains]
         return [name for name in every if not name.startswith(frozen)]
 
     def _zero_frozen_slices(self) -> None:
@@ -1970,7 +1971,7 @@ class TestTimeTrainer:
             ids, targets = scorer.sequences(starts[share.start : share.stop], seq_len)
             logits = self.model.logits(ids).flatten(0, 1)
             nll = F.cross_entropy(logits, targets.flatten(), reduction="none")
-            ((nll * weights[share.start : share.stop].flatten()).sum() / weights.sum()).backward()
+            ((nll * weights[share.start : share.stop].flatten()).sum() / weights.sum().clamp_min(1)).backward()
         self.runtime.all_reduce_sum(self.grads)
         self._zero_frozen_slices()
         if self.config.ttt_grad_clip > 0:

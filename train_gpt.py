@@ -1933,7 +1933,8 @@ class TestTimeTrainer:
         frozen = tuple(f"blocks.{layer}." for layer in range(self.config.ttt_freeze_blocks))
         every = [name for name, role in self.model.parameter_roles().items() if role != "mtp_head"]
         if self.config.ttt_scope == "last":
-            gains = {n for n in every if self.model.get_parameter(n).ndim < 2 or n.endswith(("resid_mix", "skip_weights"))}
+            vectors = {name for name in every if self.model.get_parameter(name).ndim < 2}
+            gains = {name for name in every if name.endswith(("resid_mix", "skip_weights"))} | vectors
             return [name for name in every if name in BANK_NAMES or name in gains]
         return [name for name in every if not name.startswith(frozen)]
 

@@ -582,12 +582,14 @@ def check_logged_size(rows: Sequence[dict[str, Any]]) -> Verdict:
 # A bare process, and training without validation data.
 # ----------------------------------------------------------------------------------------------------------
 CHILD = """
-import dataclasses, json, sys, types
+import dataclasses, json, os, sys, types
 folder, artifact, home = sys.argv[1:4]
+libraries = sys.prefix + os.sep  # of a virtual environment, which may lie inside the project
 sys.path.insert(0, folder)
 seen = []
 def hook(event, args):
-    if event == "open" and str(args[0]).startswith(home) or event in ("socket.connect", "pickle.find_class"):
+    ours = event == "open" and str(args[0]).startswith(home) and not str(args[0]).startswith(libraries)
+    if ours or event in ("socket.connect", "pickle.find_class"):
         seen.append(f"{event} {args[0]} {args[1]}")
 import numpy as np, torch, train_gpt
 asked = json.loads(sys.stdin.read())
@@ -611,7 +613,7 @@ print(json.dumps({"logp": [s.logp.tolist() for s in scores], "seen": seen, "code
 def check_bare_process(artifact: Path, config: train_gpt.Config, tokens: np.ndarray) -> Verdict:
     """A new process with the code files alone loads the artifact and gives the same scores, bit for bit.
 
-    It runs in an empty folder with an empty environment, and may open nothing in this project's folder, nor
+    It runs in an empty folder with an empty environment, and may open nothing of this project's own, nor
     connect to anything, nor unpickle a class.
     """
     model, stored, _ = train_gpt.load_artifact(artifact)

@@ -146,10 +146,20 @@ class Config:
     ema_decay: float = 0.997
     swa_every: int = 50
     swa_start_scale: float = 0.5  # SWA collects while the LR scale is below this
-    qat_bits: int = 6  # 0: no quantization-aware training
+    qat_bits: int = 6  # of the banks, in training and in the artifact; 0: no QAT, and 6 bits in the artifact
+    attn_bits: int = 0  # of the attention banks; 0: as QAT_BITS says
+    mlp_bits: int = 0  # of the MLP banks; 0: as QAT_BITS says
+    embed_bits: int = 8  # of embeddings, output head and tables over 65,536 elements; 16: fp16
+    crown_q_lambda: float = 0.0  # weight of the CROWN-Q penalty while QAT is on; 0: none
     late_qat_threshold: float = 0.15  # QAT begins when the LR scale falls below this; 1: from the start
     val_loss_every: int = 4000  # 0: only at the end
     train_log_every: int = 500
+    quantizer: str = "lite"  # or gptq, calibrated on training data
+    train_reserve_seconds: float = 0.0  # the part of MAX_WALLCLOCK_SECONDS that is kept for calibration
+    calibration_tokens: int = 262_144  # over all ranks, right after those of the last training step
+    clip_std: float = 0.0  # banks are clipped at this many standard deviations of a row; 0: best quantile of each row
+    embed_clip_std: float = 0.0  # the same for embeddings, output head and tables
+    prune_fraction: float = 0.0  # of every bank, the smallest weights become zero
     val_tokens: int = 0  # 0: all; otherwise only the first N targets, and every result says `partial`
 
     eval_seq_len: int = 2048
@@ -217,6 +227,8 @@ class Config:
             _expect(getattr(self, name) in allowed, self, name, "one of " + ", ".join(map(str, allowed)))
         heads, layers, rotated = self.num_heads, self.num_layers, self.rope_dims or self.head_dim
         frozen = self.ttt_freeze_blocks if self.ttt_enabled else 0
+        cap = self.max_wallclock_seconds
+        reserve = self.train_reserve_seconds if cap else 0.0
         rules = (
             (self.model_dim % heads == 0, "model_dim", f"a multiple of NUM_HEADS={heads}"),
             (self.head_dim % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -239,6 +251,12 @@ class Config:
             ),
             (self.alpha_base + self.alpha_range <= 1, "alpha_range", f"at most 1 - ALPHA_BASE={self.alpha_base:g}"),
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0, "ngram_buckets", "a power of two"),
+            (reserve == 0 or reserve < cap, "train_reserve_seconds", f"less than MAX_WALLCLOCK_SECONDS={cap:g}"),
+            (
+                self.quantizer != "gptq" or not cap or reserve > 0,
+                "train_reserve_seconds",
+                "more than 0, because QUANTIZER=gptq reads training data after the last step (18 will do on a GPU)",
+            ),
             (frozen <= layers, "ttt_freeze_blocks", f"at most NUM_LAYERS={layers}"),
             (self.mtp_num_heads < self.train_seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={self.train_seq_len}"),
             (
@@ -268,6 +286,22 @@ class Config:
     @property
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def training_seconds(self) -> float:
+        """What the cap leaves for the training loop; 0: no cap."""
+        return self.max_wallclock_seconds and self.max_wallclock_seconds - self.train_reserve_seconds
+
+    @property
+    def bank_bits(self) -> dict[str, int]:
+        """Bits of each bank's weights in the artifact."""
+        attention, mlp = (bits or self.qat_bits or 6 for bits in (self.attn_bits, self.mlp_bits))
+        return dict(mlp_up_bank=mlp, mlp_down_bank=mlp, qo_bank=attention, kv_bank=attention)
+
+    @property
+    def bits_label(self) -> str:
+        """What result lines call the banks' bits: `int6`, or `int5_6` where attention and MLP differ."""
+        return "int" + "_".join(str(bits) for bits in sorted(set(self.bank_bits.values())))
 
     @property
     def artifact_path(self) -> Path:
@@ -302,7 +336,9 @@ FIELD_RANGES: dict[str, tuple[float, float]] = dict(
     muon_momentum_warmup_steps=(0, 10**9), muon_wd=(0, 1), adam_wd=(0, 1), beta1=(0, 0.9999), beta2=(0, 0.999999),
     adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6),
     swarm_every=(1, 10**9), kg_init_scale=(0, 10), kg_weight=(0, 1), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
-    swa_start_scale=(0, 1), late_qat_threshold=(0, 1), val_loss_every=(0, 10**9), train_log_every=(1, 10**9),
+    swa_start_scale=(0, 1), late_qat_threshold=(0, 1), crown_q_lambda=(0, 1e12), train_reserve_seconds=(0, 1e7),
+    calibration_tokens=(1, 2**40), clip_std=(0, 1000), embed_clip_std=(0, 1000), prune_fraction=(0, 0.95),
+    val_loss_every=(0, 10**9), train_log_every=(1, 10**9),
     val_tokens=(0, 2**40), eval_seq_len=(2, 2**20), eval_stride=(1, 2**20), eval_batch_seqs=(1, 65_536),
     ttt_lr=(0, 10), ttt_lr_ramp=(0, 100), ttt_momentum=(0, 0.9999), ttt_epochs=(1, 1000), polyak_decay=(0, 0.999999),
     ttt_chunk_tokens=(1, 2**40), ttt_freeze_blocks=(0, 64), ttt_batch_seqs=(1, 65_536), ttt_grad_clip=(0, 1e6),
@@ -314,6 +350,10 @@ FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
     "attention": ("auto", "fa3", "fa2", "cudnn", "sdpa"),
     "weight_average": ("ema", "swa", "none"),
     "qat_bits": (0, 5, 6, 7, 8),
+    "attn_bits": (0, 5, 6, 7, 8),
+    "mlp_bits": (0, 5, 6, 7, 8),
+    "embed_bits": (5, 6, 7, 8, 16),
+    "quantizer": ("lite", "gptq"),
     "ttt_optimizer": ("sgd", "adamw"),
     "ttt_scope": ("all", "last"),
     "mixer": ("none", "backoff", "backoff-published", "hedge"),
@@ -824,17 +864,25 @@ PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors a
 
 def export_plan(model: GPT) -> dict[str, str]:
     """How the artifact stores each tensor: `int5`…`int8`, `fp16` or `fp32`; QAT follows it. No MTP heads."""
-    codecs = {"bank": f"int{model.config.qat_bits or 6}"} | dict.fromkeys(ALWAYS_INT8_ROLES, "int8")
+    bank_bits, embed_bits = model.config.bank_bits, model.config.embed_bits
+    embedding = "fp16" if embed_bits == 16 else f"int{embed_bits}"
     plan = {}
     for name, role in model.parameter_roles().items():
         shape = model.get_parameter(name).shape
-        small = "fp32" if len(shape) < 2 else "fp16"
-        if role != "mtp_head":
-            plan[name] = codecs.get(role, "int8" if shape.numel() > PASSTHROUGH_MAX_ELEMENTS else small)
+        small = shape.numel() <= PASSTHROUGH_MAX_ELEMENTS and role not in EMBEDDING_ROLES
+        if role == "bank":
+            plan[name] = f"int{bank_bits[name]}"
+        elif role != "mtp_head":
+            plan[name] = embedding if not small else "fp32" if len(shape) < 2 else "fp16"
     return plan
 
 
-ALWAYS_INT8_ROLES = ("tied_embedding", "untied_embedding", "output_head")
+def grid_of(codec: str) -> Grid | None:
+    """The grid of a codec `intN`; None where no integers are stored."""
+    return Grid(int(codec.removeprefix("int"))) if codec.startswith("int") else None
+
+
+EMBEDDING_ROLES = ("tied_embedding", "untied_embedding", "output_head")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1373,8 +1421,8 @@ class Optimizers:
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
     """1, then linear to 0 over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
     remaining = float(config.iterations - step)
-    if config.max_wallclock_seconds > 0 and step > 0 and elapsed_s > 0:
-        remaining = min(remaining, (config.max_wallclock_seconds - elapsed_s) / (elapsed_s / step))
+    if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
+        remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
     return min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
 
 
@@ -1546,7 +1594,7 @@ class Trainer:
         return dict(train_time_ms=train_time_ms, step_avg_ms=train_time_ms / max(self.step, 1))
 
     def log_qat(self, lr_scale: float) -> None:
-        self.log.row("qat_on", step=self.step, lr_scale=lr_scale, bits=self.config.qat_bits)
+        self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=self.config.bits_label)
 
     def log_step(self, grad_norm: Tensor, lr_scale: float) -> None:
         """Read the losses back and log them: with the swarm's votes, a step's only host synchronisation."""
@@ -1567,7 +1615,7 @@ class Trainer:
         metrics = swarm_agents.TrainingMetrics(
             step=self.step, total_steps=config.iterations, train_loss=self.loss_history[-1],
             loss_history=tuple(self.loss_history), grad_norm=grad_norm.item(),
-            elapsed_ms=1000 * self.elapsed_s, max_wallclock_ms=1000 * config.max_wallclock_seconds,
+            elapsed_ms=1000 * self.elapsed_s, max_wallclock_ms=1000 * config.training_seconds,
             current_lr_scale=lr_scale, qat_enabled=controls.qat, kg_weight=controls.kg_weight,
             mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm,
         )  # fmt: skip
@@ -1588,7 +1636,7 @@ class Trainer:
         self.clock.start()
         while True:
             self.elapsed_s = self.clock.agreed_s()
-            capped = 0 < config.max_wallclock_seconds <= self.elapsed_s
+            capped = 0 < config.training_seconds <= self.elapsed_s
             last = self.step >= config.iterations or capped
             due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step > 0
             if last or due:
@@ -2516,7 +2564,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
 
 def evaluate(model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet) -> Score:
     """Every evaluation stage of the recipe, each with its seconds; returns the last one's score."""
-    sizes = f"final_int{model.config.qat_bits or 6}"
+    sizes = f"final_{model.config.bits_label}"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
     stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
         (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
@@ -2594,7 +2642,7 @@ def train_artifact(
         began = time.perf_counter()
         size = save_artifact(model, tokenizer.digest, config.artifact_path)
         log.row("quantization", time_s=time.perf_counter() - began, artifact=str(config.artifact_path))
-        log_ledger(log, size, f"int{config.qat_bits or 6}+zstd")
+        log_ledger(log, size, f"{config.bits_label}+zstd")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
 
 

@@ -228,8 +228,7 @@ class Config:
             _expect(getattr(self, name) in allowed, self, name, "one of " + ", ".join(map(str, allowed)))
         heads, layers, rotated = self.num_heads, self.num_layers, self.rope_dims or self.head_dim
         frozen = self.ttt_freeze_blocks if self.ttt_enabled else 0
-        cap = self.max_wallclock_seconds
-        reserve = self.train_reserve_seconds if cap else 0.0
+        cap, reserve = self.max_wallclock_seconds, self.max_wallclock_seconds and self.train_reserve_seconds
         rules = (
             (self.model_dim % heads == 0, "model_dim", f"a multiple of NUM_HEADS={heads}"),
             (self.head_dim % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -253,11 +252,7 @@ class Config:
             (self.alpha_base + self.alpha_range <= 1, "alpha_range", f"at most 1 - ALPHA_BASE={self.alpha_base:g}"),
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0, "ngram_buckets", "a power of two"),
             (reserve == 0 or reserve < cap, "train_reserve_seconds", f"less than MAX_WALLCLOCK_SECONDS={cap:g}"),
-            (
-                self.quantizer != "gptq" or not cap or reserve > 0,
-                "train_reserve_seconds",
-                "more than 0, because QUANTIZER=gptq reads training data after the last step (18 will do on a GPU)",
-            ),
+            (reserve > 0 or not cap or self.quantizer == "lite", "train_reserve_seconds", "above 0 for QUANTIZER=gptq"),
             (frozen <= layers, "ttt_freeze_blocks", f"at most NUM_LAYERS={layers}"),
             (self.mtp_num_heads < self.train_seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={self.train_seq_len}"),
             (
@@ -603,7 +598,8 @@ def _key_value(name: str, value: Any, digits: int) -> str:
     if name.endswith("_s"):
         return f"{name[:-2]}:{value:.1f}s"
     if isinstance(value, float):
-        return f"{name}:{value:.{digits}f}"
+        tiny = 0 < abs(value) < 10.0**-digits
+        return f"{name}:{value:.3g}" if tiny else f"{name}:{value:.{digits}f}"
     return f"{name}:{value}"
 
 
@@ -1267,13 +1263,10 @@ class GPT(nn.Module):
         One mean over all, so that a weight counts the same in every bank. δ is not detached: the row's largest weight
         sets the step of all the others, and the gradient that shrinks it is the part that makes rows cheaper to round.
         """
-        total, count = self.skip_weights.new_zeros(()), 0
-        for name in BANK_NAMES:
-            weight, grid = self.get_parameter(name).float(), self.grids[name]
-            assert grid is not None
-            step = grid.clip(weight) / grid.qmax
-            total, count = total + (weight.square().sum(-1, keepdim=True) * step.square()).sum(), count + weight.numel()
-        return total / (12 * count)
+        grids = [(name, grid) for name, grid in self.grids.items() if grid is not None and name in BANK_NAMES]
+        banks = [(self.get_parameter(name).float(), grid) for name, grid in grids]
+        sums = [(w.square().sum(-1, keepdim=True) * (grid.clip(w) / grid.qmax).square()).sum() for w, grid in banks]
+        return torch.stack(sums).sum() / (12 * sum(w.numel() for w, _ in banks))
 
     def token_scores(
         self, ids: Tensor, targets: Tensor, tail: int, temperature: float = 1.0
@@ -1805,6 +1798,9 @@ class HessianFactor(NamedTuple):
     damping: Tensor  # (matrices,) in units of the mean diagonal; inf: no factor was found, U = 1 is plain rounding
 
 
+Hessians = Mapping[str, HessianFactor]  # by bank
+
+
 def factorize(moments: Tensor) -> HessianFactor:
     """Factor the second moments (matrices, in, in) of matrices' inputs; where fp32 fails, with more damping.
 
@@ -1864,10 +1860,7 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
 
 @torch.no_grad()
 def quantize(
-    state: Mapping[str, Tensor],
-    plan: Mapping[str, str],
-    options: QuantizeOptions,
-    hessians: Mapping[str, HessianFactor] | None = None,
+    state: Mapping[str, Tensor], plan: Mapping[str, str], options: QuantizeOptions, hessians: Hessians | None = None
 ) -> dict[str, Tensor]:
     """The artifact's tensors: `<name>.levels` and `<name>.scale` where the plan says intN, else `<name>`; on the CPU.
 
@@ -1912,20 +1905,19 @@ BANK_INPUTS = dict(  # what the rows of a bank are multiplied with, by the names
 
 
 @torch.no_grad()
-def calibrate(trainer: Trainer) -> dict[str, HessianFactor]:
+def calibrate(trainer: Trainer) -> Hessians:
     """Hessians X·Xᵀ of every bank from the training tokens right after those of the last step, over all ranks.
 
     Runs on the training clock: no batch is begun that would not end before MAX_WALLCLOCK_SECONDS. Where not even one
     fits, the result is empty and rounding stays plain.
     """
     config, runtime, clock = trainer.config, trainer.runtime, trainer.clock
-    widths = dict(attn_in=config.model_dim, attn_out=config.model_dim, mlp_in=config.model_dim)
-    widths["mlp_hidden"] = config.mlp_dim
-    shape = config.num_layers
-    sums = {name: torch.zeros(shape, width, width, device=runtime.device) for name, width in widths.items()}
+    sums: dict[str, Tensor] = {}
 
     def probe(name: str, layer: int, x: Tensor) -> None:
         rows = x.flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = rows.new_zeros(config.num_layers, rows.size(-1), rows.size(-1))
         sums[name][layer].addmm_(rows.mT, rows)
 
     batches = (ids for step in itertools.count(trainer.step) for ids, _ in trainer.loader.batch(step))
@@ -1951,9 +1943,7 @@ def calibrate(trainer: Trainer) -> dict[str, HessianFactor]:
     return factors
 
 
-def save_artifact(
-    model: GPT, tokenizer_digest: str, path: Path, hessians: Mapping[str, HessianFactor] | None = None
-) -> int:
+def save_artifact(model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None) -> int:
     """Quantize, pack and write atomically. Returns the file's bytes."""
     zstandard = require("zstandard", "packing the artifact")
     safetensors = require("safetensors.torch", "packing the artifact")

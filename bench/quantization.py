@@ -29,7 +29,7 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-import train_gpt
+import train_gpt  # noqa: E402
 
 SMALL: dict[str, Any] = dict(
     recipe="leaky", ve_dim=32, bigram_dim=64, warmup_steps=0, max_wallclock_seconds=0.0, muon_momentum=0.95,
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
     """One way to have ended training, and what its exports share."""
 
     trainer: train_gpt.Trainer
-    hessians: dict[str, train_gpt.HessianFactor]
+    hessians: train_gpt.Hessians
     fields: dict[str, Any]
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
     parser.add_argument("--qat-threshold", type=float, default=0.15, help="LR scale below which QAT begins")
     parser.add_argument("--bits", type=int, nargs="+", default=[5, 6, 7, 8])
-    parser.add_argument("--crown-q", type=float, nargs="+", default=[0.0, 0.01], help="values of CROWN_Q_LAMBDA")
+    parser.add_argument("--crown-q", type=float, nargs="+", default=[0.0, 0.01, 1e5], help="values of CROWN_Q_LAMBDA")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to try the script")
     parser.add_argument("--verbose", action="store_true", help="training steps on standard error")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
@@ -199,7 +199,7 @@ def main() -> None:
     began = time.perf_counter()
     bench = Bench(args)
     rows = measure(bench)
-    print(f"{'QAT':<4} {'CROWN-Q':>8} {'bits':>4} {'by':<5} {'before':>8} {'after':>8} {'tax':>8} {'bytes':>10} {'s':>6}")
+    print("QAT   CROWN-Q bits by      before    after      tax      bytes      s")
     for row in rows:
         qat = "on" if row["qat"] else "off"
         print(

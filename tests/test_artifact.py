@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import zstandard
-from golden_support import REPO, make_runtime, random_ids, randomize, tiny_config, tiny_recipe
+from golden_support import REPO, make_runtime, random_ids, randomize, search_scale, tiny_config, tiny_recipe
 from torch import Tensor
 
 import train_gpt
@@ -90,7 +90,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
         embedding = name in ("tok_emb.weight", "lm_head.weight")
         if name in train_gpt.BANK_NAMES or embedding or weight.numel() > 65_536:
             grid = train_gpt.Grid(bits)
-            scale = train_gpt.search_scale(weight, grid)
+            scale = search_scale(weight, grid)
             expected[name] = grid.decode(grid.encode(weight, scale), scale)
         else:
             expected[name] = weight.half().float() if weight.ndim > 1 else weight
@@ -112,7 +112,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
 def test_dequantize_undoes_quantize_up_to_half_a_level(choice):
     model = trained_like(tiny_config(**CHOICES[choice]))
     plan = train_gpt.export_plan(model)
-    tensors = train_gpt.quantize(model.state_dict(), plan)
+    tensors = train_gpt.quantize(model.state_dict(), plan, train_gpt.QuantizeOptions())
     state = train_gpt.dequantize(tensors, plan)
     assert set(state) == {name for name in model.state_dict() if not name.startswith("mtp_heads.")}
     for name, weight in state.items():

@@ -199,7 +199,7 @@ def test_quantization_aware_training_begins_at_its_threshold(train):
     without, _ = train(LATE_QAT_THRESHOLD=0)
     late, _ = train(LATE_QAT_THRESHOLD=0.5)
     switched = event(late, "qat_on")
-    assert (switched["step"], switched["bits"]) == (16, 6)
+    assert (switched["step"], switched["codec"]) == (16, "int6")
     assert switched["lr_scale"] == pytest.approx(0.4)
     assert [row["qat"] for row in train_rows(late)] == [0] * 16 + [1] * 4
     losses, others = ([row["train_loss"] for row in train_rows(events)] for events in (late, without))

@@ -14,6 +14,7 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import itertools
@@ -573,6 +574,10 @@ def _key_value(name: str, value: Any, digits: int) -> str:
 def code_paths() -> list[Path]:
     """The files that count as code."""
     return [CODE_DIR / name for name in CODE_FILES if (CODE_DIR / name).exists()]
+
+
+def code_bytes() -> int:
+    return sum(path.stat().st_size for path in code_paths())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1734,7 +1739,7 @@ def encode_levels(levels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     codes are whole bits. Thousands of interleaved lanes (arXiv 1402.3392) make each step one of numpy's.
     """
     arrays, keys = {}, []
-    for name, level in levels.items():
+    for name, level in sorted(levels.items()):
         energy = np.square(level, dtype=np.float32)
         for axis, side in ((-1, "rows"), (-2, "columns")):
             mean = energy.mean(axis=axis, keepdims=True).clip(min=2.0**-6)
@@ -1764,10 +1769,13 @@ def encode_levels(levels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def decode_levels(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, torch.Size]) -> dict[str, np.ndarray]:
     """Undo `encode_levels`. Raises KeyError, IndexError or ValueError for what it cannot have made."""
-    sizes = {name: (arrays[f"{name}.rows"], arrays[f"{name}.columns"]) for name in shapes}
-    if any(np.broadcast_shapes(*(side.shape for side in sizes[name])) != shape for name, shape in shapes.items()):
-        raise ValueError("levels of another shape than the model's")
-    classes = np.concatenate([size_classes(*pair) for pair in sizes.values()])
+    sizes = {name: (arrays[f"{name}.rows"], arrays[f"{name}.columns"]) for name in sorted(shapes)}
+    for name, (rows, columns) in sizes.items():
+        if np.broadcast_shapes(rows.shape, columns.shape) != shapes[name]:
+            raise ValueError(f"{name} has levels of another shape than the model")
+    classes = np.concatenate([size_classes(*sides) for sides in sizes.values()])
+    if (arrays["ans.frequencies"].sum(axis=1) != 2**ANS_BITS).any():
+        raise ValueError("the histograms of the levels do not add up")
     widths, starts = ans_tables(arrays["ans.frequencies"])
     symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), SIZE_CLASSES), widths)
     states, words, position = arrays["ans.states"].astype(np.int64), arrays["ans.words"].astype(np.int64), 0
@@ -1784,8 +1792,8 @@ def decode_levels(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, torch.S
         position += len(low)
     if position != len(words) or (states != ANS_FLOOR).any():
         raise ValueError("the code of the levels does not come out even")
-    parts = np.split(flat.view(np.int8), np.cumsum([shape.numel() for shape in shapes.values()])[:-1])
-    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts)}
+    parts = np.split(flat.view(np.int8), np.cumsum([shapes[name].numel() for name in sizes])[:-1])
+    return {name: part.reshape(shapes[name]) for name, part in zip(sizes, parts)}
 
 
 def entropy_bound(tensors: Mapping[str, Tensor]) -> float:
@@ -1865,24 +1873,23 @@ def fit_artifact(
     log: RunLog | None = None,
 ) -> tuple[QuantizeOptions, dict[str, Tensor], bytes]:
     """`options` if their artifact has at most `limit` bytes, else the next coarser that do: clips widened step by
-    step to 2.7 times the width, then up to 60 % of the weights pruned as well.
+    step to 2.7 times the width, then up to 90 % of the weights pruned as well.
 
     Entropy compares candidates, packing only confirms. Raises ArtifactError when even the coarsest are too large.
     """
-    widest = options.clip_std or 3.0
-    ladder = [dataclasses.replace(options, clip_std=widest * 1.01**rung) for rung in range(1, 101)]
-    fractions = [percent / 100 for percent in range(1, 61) if percent / 100 > options.prune_fraction]
+    widths = [(options.clip_std or 3.0) * 1.01**rung for rung in range(1, 101)]
+    fractions = [percent / 100 for percent in range(1, 91) if percent / 100 > options.prune_fraction]
+    ladder = [dataclasses.replace(options, clip_std=width) for width in widths]
     ladder += [dataclasses.replace(ladder[-1], prune_fraction=fraction) for fraction in fractions]
     tensors, rung = make(options), -1
     packed = pack(tensors)
     while len(packed) > limit:
+        if options == ladder[-1]:
+            too_much = f"{len(packed) - limit} bytes too many of the {limit} left for the artifact"
+            raise ArtifactError(f"FIT_BYTES=1 leaves {too_much} even with {options}; {SMALLER_MODEL}")
         allowed = entropy_bound(tensors) - (len(packed) - limit)
-        rung = bisect.bisect_left(ladder, True, lo=rung + 1, key=lambda o, most=allowed: entropy_bound(make(o)) <= most)
-        if rung == len(ladder):
-            raise ArtifactError(
-                f"FIT_BYTES=1 finds nothing that fits: the artifact has {len(packed)} bytes of the {limit} allowed "
-                f"with {options}; {SMALLER_MODEL}"
-            )
+        fits = functools.partial(lambda most, coarser: entropy_bound(make(coarser)) <= most, allowed)
+        rung = bisect.bisect_left(ladder[:-1], True, rung + 1, key=fits)
         options = ladder[rung]
         tensors = make(options)
         before, packed = len(packed), pack(tensors)
@@ -1972,10 +1979,6 @@ def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple
 def code_digest() -> str:
     """First 16 hex digits of the SHA-256 over the code files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in code_paths())).hexdigest()[:16]
-
-
-def code_bytes() -> int:
-    return sum(path.stat().st_size for path in code_paths())
 
 
 def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:

@@ -29,6 +29,7 @@ CONFIG_FIELDS = [
     "bigram_dim",
     "bigram_vocab_size",
     "compile",
+    "compressor",
     "data_path",
     "device",
     "ema_decay",
@@ -38,6 +39,7 @@ CONFIG_FIELDS = [
     "eval_only",
     "eval_seq_len",
     "eval_stride",
+    "fit_bytes",
     "grad_clip_norm",
     "head_lr",
     "iterations",
@@ -193,7 +195,7 @@ def test_nothing_is_pickled_or_evaluated():
 
 def test_every_import_is_declared():
     third_party = {name.partition(".")[0] for name in imported_modules()} - set(sys.stdlib_module_names) - {"?"}
-    third_party -= {"flash_attn", "flash_attn_interface"}  # optional, chosen when there
+    third_party -= {"flash_attn", "flash_attn_interface", "brotli"}  # optional
     siblings = {name.removesuffix(".py") for name in train_gpt.CODE_FILES}
     declared = {
         line.split(">")[0].split("=")[0].split("#")[0].strip()

@@ -1908,13 +1908,8 @@ def save_artifact(model: GPT, tokenizer_digest: str, path: Path, log: RunLog | N
         "tokenizer": tokenizer_digest,
         "code": code_digest(),
     }
-
-    def make(options: QuantizeOptions) -> dict[str, Tensor]:
-        return quantize(model.state_dict(), model.plan, options)
-
-    def pack(tensors: Mapping[str, Tensor]) -> bytes:
-        return pack_tensors(tensors, metadata, config.compressor)
-
+    make = functools.partial(quantize, model.state_dict(), model.plan)
+    pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
     limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
     options, tensors, packed = fit_artifact(make, pack, QuantizeOptions(), limit, log)
     if log is not None:

@@ -2809,7 +2809,7 @@ def train_artifact(
     log.row(f"DIAGNOSTIC {average}", validation.note, **result.headline(), eval_time_ms=1000 * seconds)
     if runtime.is_main:
         began = time.perf_counter()
-        size = save_artifact(model, tokenizer.digest, config.artifact_path, log)
+        size = save_artifact(model, tokenizer.digest, config.artifact_path, log=log)
         log.row("quantization", time_s=time.perf_counter() - began, artifact=str(config.artifact_path))
         log_ledger(log, size, f"int{config.qat_bits or 6}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole

@@ -42,9 +42,15 @@ def is_wide(levels: np.ndarray) -> bool:
     return bool(np.abs(levels.astype(np.int16)).max() > 31)
 
 
-def each(transform: Callable[[np.ndarray], np.ndarray]) -> Callable[[Levels], bytes]:
-    """A layout that treats each tensor by itself."""
-    return lambda levels: b"".join(np.ascontiguousarray(transform(q)).tobytes() for q in levels.values())
+def each(transform: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, ...]]) -> Callable[[Levels], bytes]:
+    """A layout that treats each tensor by itself; where it makes several streams, those of one kind lie together."""
+
+    def layout(levels: Levels) -> bytes:
+        made = [transform(q) for q in levels.values()]
+        kinds = zip(*[streams if isinstance(streams, tuple) else (streams,) for streams in made])
+        return b"".join(np.ascontiguousarray(stream).tobytes() for kind in kinds for stream in kind)
+
+    return layout
 
 
 def unsigned(q: np.ndarray) -> np.ndarray:
@@ -72,20 +78,20 @@ def bit_planes(q: np.ndarray) -> np.ndarray:
     return np.packbits(np.unpackbits(unsigned(q)[:, None], axis=1)[:, 0 if is_wide(q) else 2 :].T, axis=1)
 
 
-def sign_magnitude(q: np.ndarray) -> np.ndarray:
+def sign_magnitude(q: np.ndarray) -> tuple[np.ndarray, ...]:
     flat = q.reshape(-1)
-    return np.concatenate([np.abs(flat.astype(np.int16)).astype(np.uint8), np.packbits((flat < 0)[flat != 0])])
+    return np.abs(flat.astype(np.int16)).astype(np.uint8), np.packbits((flat < 0)[flat != 0])
 
 
-def nibbles(q: np.ndarray) -> np.ndarray:
+def nibbles(q: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Two high halves in a byte, and two low halves; an odd last level is followed by a zero."""
+    values = np.pad(unsigned(q), (0, q.size % 2)).reshape(-1, 2)
+    return tuple(half[:, 0] << 4 | half[:, 1] for half in (values >> 4, values & 15))
+
+
+def low_bit_apart(q: np.ndarray) -> tuple[np.ndarray, ...]:
     values = unsigned(q)
-    pairs = [half[: len(half) // 2 * 2].reshape(-1, 2) for half in (values >> 4, values & 15)]
-    return np.concatenate([pair[:, 0] << 4 | pair[:, 1] for pair in pairs])
-
-
-def low_bit_apart(q: np.ndarray) -> np.ndarray:
-    values = unsigned(q)
-    return np.concatenate([values >> 1, pack_bits(values & 1, 1)])
+    return values >> 1, pack_bits(values & 1, 1)
 
 
 def by_width(levels: Levels) -> bytes:

@@ -635,7 +635,7 @@ def fit(larger, tmp_path, monkeypatch):
         model = with_settings(larger, fit_bytes=True, out_dir=str(tmp_path), run_id="fit")
         monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", train_gpt.code_bytes() + allowed)
         log = train_gpt.RunLog(model.config, make_runtime(model.config))
-        size = train_gpt.save_artifact(model, DIGEST, tmp_path / "fit.ptz", log)
+        size = train_gpt.save_artifact(model, DIGEST, tmp_path / "fit.ptz", log=log)
         train_gpt.log_ledger(log, size, "int6+zstd")
         log.close()
         rows = [json.loads(line) for line in (tmp_path / "logs" / "fit.jsonl").read_text().splitlines()]

@@ -862,7 +862,7 @@ def fake_quantize(weight: Tensor, bits: int, clip_std: float = 0.0) -> Tensor:
     return Grid(bits, clip_std).round_trip(weight).to(weight.dtype)
 
 
-@fake_quantize.register_fake
+@fake_quantize.register_fake  # pyright: ignore[reportFunctionMemberAccess]
 def _fake_quantize_shape(weight: Tensor, bits: int, clip_std: float = 0.0) -> Tensor:  # noqa: ARG001 (its signature)
     return torch.empty_like(weight)
 
@@ -1593,7 +1593,7 @@ class Trainer:
         crown_q = self.model.crown_q
         self.crown_q = torch.compile(crown_q, dynamic=False, fullgraph=True) if self.compiled else crown_q
         self.train_loss = torch.zeros((), device=self.runtime.device)
-        self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty, in the last step
+        self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
 
     def qat_due(self, lr_scale: float) -> bool:
         threshold = self.config.late_qat_threshold
@@ -1622,7 +1622,7 @@ class Trainer:
             main, weighted, further = self.losses(ids, targets, self.controls.qat, token_weights)
             ((weighted + self.controls.mtp_weight * further) * share).backward()
             train_loss += main.detach() / len(batches)
-        self.train_loss = train_loss
+        self.train_loss, self.crown_q_loss = train_loss, None
         if self.controls.qat and self.config.crown_q_lambda > 0:  # a graph of its own, and once a step
             crown_q = self.config.crown_q_lambda * self.crown_q()
             (crown_q / self.runtime.world_size).backward()
@@ -1943,7 +1943,8 @@ def calibrate(trainer: Trainer) -> Hessians:
         trainer.model.forward_hidden(ids, probe=probe)
         tokens += ids.numel() * runtime.world_size
         runtime.synchronize()
-        batch_s, now_s = clock.agreed_s() - now_s, clock.agreed_s()
+        before_s, now_s = now_s, clock.agreed_s()
+        batch_s = now_s - before_s
     moments = {name: runtime.all_reduce_sum(total) / max(tokens, 1) for name, total in sums.items()}
     banks = BANK_INPUTS.items() if tokens else ()
     factors = {bank: factorize(torch.cat([moments[name] for name in inputs])) for bank, inputs in banks}

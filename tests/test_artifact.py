@@ -703,7 +703,7 @@ def test_fitting_packs_seldom_and_never_takes_a_coarser_step_than_it_must():
     packs = []
 
     def make(options: train_gpt.QuantizeOptions) -> dict[str, Tensor]:
-        return train_gpt.quantize({"w": weight}, {"w": "int6"}, options)
+        return train_gpt.quantize({"qo_bank": weight}, {"qo_bank": "int6"}, options)
 
     def pack(tensors: Mapping[str, Tensor]) -> bytes:
         packs.append(1)
@@ -716,9 +716,9 @@ def test_fitting_packs_seldom_and_never_takes_a_coarser_step_than_it_must():
         assert len(packed) <= limit
         assert len(pack(tensors)) == len(packed)
         if options.prune_fraction:
-            finer = dataclasses.replace(options, prune_fraction=options.prune_fraction - 0.02)
+            finer = dataclasses.replace(options, prune_fraction=options.prune_fraction - 0.03)
         else:
-            finer = dataclasses.replace(options, clip_std=options.clip_std / 1.02)
+            finer = dataclasses.replace(options, clip_std=options.clip_std / 1.03)
         assert len(pack(make(finer))) > limit
     kept = train_gpt.QuantizeOptions(clip_std=5.0, prune_fraction=0.3)
     coarser = train_gpt.fit_artifact(make, pack, kept, 7000)[0]

@@ -1686,9 +1686,7 @@ class QuantizeOptions:
     prune_fraction: float = 0.0  # this share of each integer tensor, the smallest weights, becomes 0
 
 
-def quantize(
-    state: Mapping[str, Tensor], plan: Mapping[str, str], options: QuantizeOptions = QuantizeOptions()
-) -> dict[str, Tensor]:
+def quantize(state: Mapping[str, Tensor], plan: Mapping[str, str], options: QuantizeOptions) -> dict[str, Tensor]:
     """The artifact's tensors: `<name>.levels` and `<name>.scale` where the plan says intN, else `<name>`."""
     tensors: dict[str, Tensor] = {}
     for name, codec in plan.items():

@@ -126,7 +126,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
 def test_dequantize_undoes_quantize_up_to_half_a_level(choice):
     model = trained_like(tiny_config(**CHOICES[choice]))
     plan = train_gpt.export_plan(model)
-    tensors = train_gpt.quantize(model.state_dict(), plan)
+    tensors = train_gpt.quantize(model.state_dict(), plan, train_gpt.QuantizeOptions())
     state = train_gpt.dequantize(tensors, plan)
     assert set(state) == {name for name in model.state_dict() if not name.startswith("mtp_heads.")}
     for name, weight in state.items():
@@ -549,11 +549,11 @@ def test_the_code_is_as_long_as_the_entropy_within_the_size_classes():
 def test_the_payload_stays_near_the_entropy_bound_and_below_other_compressors(bits):
     """Plain normal rows, where there is nothing to gain: at most 1 % above, and no larger than lzma or brotli."""
     weight = torch.randn(2, 600, 512, generator=torch.Generator().manual_seed(bits))
-    tensors = train_gpt.quantize({"w": weight}, {"w": f"int{bits}"})
-    rest = {"w.scale": tensors["w.scale"]}
+    tensors = train_gpt.quantize({"qo_bank": weight}, {"qo_bank": f"int{bits}"}, train_gpt.QuantizeOptions())
+    rest = {"qo_bank.scale": tensors["qo_bank.scale"]}
     payload = len(train_gpt.pack_tensors(tensors, {}, "zstd")) - len(train_gpt.pack_tensors(rest, {}, "zstd"))
     assert payload < 1.01 * train_gpt.entropy_bound(tensors)
-    plain = tensors["w.levels"].numpy().tobytes()
+    plain = tensors["qo_bank.levels"].numpy().tobytes()
     assert payload < len(lzma.compress(plain, preset=9))
     assert payload < len(brotli.compress(plain, quality=9))  # 11 takes seconds; bench/packing.py compares with it
 
@@ -703,7 +703,7 @@ def test_fitting_packs_seldom_and_never_takes_a_coarser_step_than_it_must():
     packs = []
 
     def make(options: train_gpt.QuantizeOptions) -> dict[str, Tensor]:
-        return train_gpt.quantize({"w": weight}, {"w": "int6"}, options)
+        return train_gpt.quantize({"qo_bank": weight}, {"qo_bank": "int6"}, options)
 
     def pack(tensors: Mapping[str, Tensor]) -> bytes:
         packs.append(1)

@@ -94,8 +94,9 @@ def low_bit_apart(q: np.ndarray) -> tuple[np.ndarray, ...]:
     return values >> 1, pack_bits(values & 1, 1)
 
 
-def by_width(levels: Levels) -> bytes:
-    return b"".join(q.tobytes() for q in sorted(levels.values(), key=is_wide))
+def alphabetical(levels: Levels) -> bytes:
+    """As safetensors would order them: matrices and tables mixed."""
+    return b"".join(levels[name].tobytes() for name in sorted(levels))
 
 
 def by_layer(levels: Levels) -> bytes:
@@ -127,7 +128,7 @@ LAYOUTS: dict[str, Callable[[Levels], bytes]] = {
     "zigzag": each(zigzag),
     "delta along rows": each(delta),
     "column order": each(lambda q: q.swapaxes(-1, -2)),
-    "by bit width": by_width,
+    "alphabetical": alphabetical,
     "by layer": by_layer,
     "bits packed": each(bits_packed),
     "bit planes": each(bit_planes),
@@ -192,11 +193,15 @@ def drawn_model(quick: bool) -> train_gpt.GPT:
     return model
 
 
+def quantized(model: train_gpt.GPT) -> dict[str, torch.Tensor]:
+    return train_gpt.quantize(model.state_dict(), model.plan, train_gpt.QuantizeOptions())
+
+
 def measure_artifact(model: train_gpt.GPT) -> dict[str, Any]:
     """The whole way from weights to file and back, with quantization."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.ptz"
-        tensors, quantize_cpu_s, _ = timed(lambda: train_gpt.quantize(model.state_dict(), model.plan, train_gpt.QuantizeOptions()))
+        tensors, quantize_cpu_s, _ = timed(lambda: quantized(model))
         _, pack_cpu_s, pack_wall_s = timed(lambda: train_gpt.pack_tensors(tensors, {}, "zstd"))
         size = train_gpt.save_artifact(model, "", path)
         _, load_cpu_s, load_wall_s = timed(lambda: train_gpt.load_artifact(path))
@@ -212,7 +217,8 @@ def measure_artifact(model: train_gpt.GPT) -> dict[str, Any]:
 
 
 def describe(title: str, levels: Levels, names: list[str]) -> dict[str, Any]:
-    """Measure and print one set of levels."""
+    """Measure and print one set of levels, matrices before tables."""
+    levels = dict(sorted(levels.items(), key=lambda item: (is_wide(item[1]), item[0])))
     by_role: dict[bool, list[np.ndarray]] = {}
     for q in levels.values():
         by_role.setdefault(is_wide(q), []).append(q.reshape(-1))
@@ -274,13 +280,13 @@ def main() -> None:
         result["artifact"] = describe(str(args.artifact), read_levels(args.artifact), list(LAYOUTS))
     if args.full_size or args.quick or not args.artifact:
         model = drawn_model(quick=not args.full_size)
-        tensors = train_gpt.quantize(model.state_dict(), model.plan, train_gpt.QuantizeOptions())
+        tensors = quantized(model)
         levels = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.int8}
         title = f"drawn weights, {model.config.num_layers} layers"
         result["drawn"] = describe(title, levels, list(SHORT)) | measure_artifact(model)
         shown = ("artifact_bytes", "quantize_cpu_s", "pack_cpu_s", "pack_wall_s", "load_cpu_s", "load_wall_s")
         print("  ".join(f"{name}: {result['drawn'][name]:,}" for name in shown))
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

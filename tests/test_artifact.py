@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 import torch
 import zstandard
-from golden_support import REPO, make_runtime, random_ids, randomize, search_scale, tiny_config, tiny_recipe
+from golden_support import REPO, make_runtime, random_ids, randomize, tiny_config, tiny_recipe
 from torch import Tensor
 
 import train_gpt
@@ -104,7 +104,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
         embedding = name in ("tok_emb.weight", "lm_head.weight")
         if name in train_gpt.BANK_NAMES or embedding or weight.numel() > 65_536:
             grid = train_gpt.Grid(bits)
-            scale = search_scale(weight, grid)
+            scale = train_gpt.search_scale(weight, grid)
             expected[name] = grid.decode(grid.encode(weight, scale), scale)
         else:
             expected[name] = weight.half().float() if weight.ndim > 1 else weight
@@ -549,11 +549,11 @@ def test_the_code_is_as_long_as_the_entropy_within_the_size_classes():
 def test_the_payload_stays_near_the_entropy_bound_and_below_other_compressors(bits):
     """Plain normal rows, where there is nothing to gain: at most 1 % above, and no larger than lzma or brotli."""
     weight = torch.randn(2, 600, 512, generator=torch.Generator().manual_seed(bits))
-    tensors = train_gpt.quantize({"w": weight}, {"w": f"int{bits}"}, train_gpt.QuantizeOptions())
-    rest = {"w.scale": tensors["w.scale"]}
+    tensors = train_gpt.quantize({"qo_bank": weight}, {"qo_bank": f"int{bits}"}, train_gpt.QuantizeOptions())
+    rest = {"qo_bank.scale": tensors["qo_bank.scale"]}
     payload = len(train_gpt.pack_tensors(tensors, {}, "zstd")) - len(train_gpt.pack_tensors(rest, {}, "zstd"))
     assert payload < 1.01 * train_gpt.entropy_bound(tensors)
-    plain = tensors["w.levels"].numpy().tobytes()
+    plain = tensors["qo_bank.levels"].numpy().tobytes()
     assert payload < len(lzma.compress(plain, preset=9))
     assert payload < len(brotli.compress(plain, quality=9))  # 11 takes seconds; bench/packing.py compares with it
 

@@ -47,9 +47,9 @@ class Headline:
         return row
 
 
-def round_figure(value: Any) -> Any:
-    """Four significant digits; whole numbers and everything else as they are."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def round_figure(value: Any, digits: int = 4) -> Any:
+    """So many significant digits; whole numbers and everything else as they are."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def arguments(doc: str | None, threads: int = 2) -> argparse.ArgumentParser:
@@ -129,7 +129,7 @@ def peak_memory_mib(device: torch.device | None = None) -> int:
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, minimum and maximum of repeats."""
     figures = dict(median=statistics.median(values), min=min(values), max=max(values))
-    return {name: round_figure(float(value)) for name, value in figures.items()} | dict(repeats=len(values))
+    return {name: float(value) for name, value in figures.items()} | dict(repeats=len(values))
 
 
 def synchronize(device: torch.device | None) -> None:
@@ -214,10 +214,10 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """The same structure with four significant digits everywhere."""
+    """The same structure with six significant digits everywhere."""
     if isinstance(value, dict):
         return {name: _rounded(entry) for name, entry in value.items()}
-    return [_rounded(entry) for entry in value] if isinstance(value, list) else round_figure(value)
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else round_figure(value, 6)
 
 
 def _shown(value: Any) -> str:

@@ -69,16 +69,17 @@ def run_job(job: Job, arguments: list[str], seconds: float, folder: Path = FOLDE
     began = time.perf_counter()
     row: dict[str, Any] = dict(script=job.script, arguments=arguments)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=os.environ)
-        printed = done.stdout.strip().splitlines()
-        row["result"] = json.loads(printed[-1])
-        if done.returncode:
-            row["error"] = f"exit code {done.returncode}"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         row["error"] = f"not done within {seconds:.0f} s"
-    except (IndexError, json.JSONDecodeError):
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        row["error"] = f"exit code {done.returncode}, no result line; it ended with: {' '.join(last)}"
+    else:
+        if done.returncode:
+            row["error"] = f"exit code {done.returncode}"
+        try:
+            row["result"] = json.loads(done.stdout.strip().splitlines()[-1])
+        except (IndexError, json.JSONDecodeError):
+            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            row["error"] = f"exit code {done.returncode}, no result line; it ended with: {' '.join(last)}"
     return row | dict(seconds=round(time.perf_counter() - began, 1))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
@@ -70,6 +71,24 @@ def close(trainer: train_gpt.Trainer) -> None:
     trainer.log.close()
 
 
+class HostReads(TorchDispatchMode):
+    """Counts operations that make the host wait for a device: values read back, shapes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.count += name in self.NAMES or by_mask
+        return func(*args, **(kwargs or {}))
+
+
 def kind_of(name: str) -> str:
     lower = name.lower()
     if any(part in lower for part in ATTENTION_NAMES):
@@ -86,7 +105,7 @@ def kernel_shares(action: Callable[[], Any], device: torch.device) -> dict[str, 
     with torch.profiler.profile(activities=activities) as profiler:
         action()
         common.synchronize(device)
-    spent = dict.fromkeys(("attention", "GEMM", "pointwise"), 0.0)
+    spent: dict[str, float] = dict.fromkeys(("attention", "GEMM", "pointwise"), 0.0)
     for event in profiler.key_averages():
         spent[kind_of(event.key)] += event.self_device_time_total if on_cuda else event.self_cpu_time_total
     total = sum(spent.values()) or 1.0

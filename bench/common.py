@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -49,7 +50,9 @@ class Headline:
 
 def round_figure(value: Any, digits: int = 4) -> Any:
     """So many significant digits; whole numbers and everything else as they are."""
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None  # JSON has no other word for it
 
 
 def arguments(doc: str | None, threads: int = 2) -> argparse.ArgumentParser:
@@ -221,7 +224,8 @@ def _rounded(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return f"{round_figure(value):,}" if isinstance(value, (int, float)) else str(value)
+    value = round_figure(value)
+    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 
 def report(
@@ -230,7 +234,7 @@ def report(
 ) -> dict[str, Any]:  # fmt: skip
     """Print what was measured, for people and as the last line for machines, and return the latter."""
     for name, rows in figures.items():
-        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+        if isinstance(rows, list) and rows and not any(isinstance(value, (dict, list)) for value in rows[0].values()):
             print(f"{bench}, {name}:", table(rows), sep="\n")
     for headline in headlines:
         row = headline.row()

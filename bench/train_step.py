@@ -41,7 +41,7 @@ def bench_config(recipe: str, folder: Path, **values: Any) -> train_gpt.Config:
     config = train_gpt.Config.from_env({"RECIPE": recipe})
     quiet: dict[str, Any] = dict(
         data_path=str(folder), out_dir=str(folder), run_id="bench", train_log_every=10**9, val_loss_every=0,
-        swarm_every=10**9, kg_enabled=False,
+        swarm_every=10**9,
     )  # fmt: skip
     return dataclasses.replace(config, **quiet, **values).validate()
 
@@ -61,7 +61,9 @@ def make_trainer(config: train_gpt.Config, runtime: train_gpt.Runtime, attention
     stream = train_gpt.TokenStream(train_gpt.find_shards(config.data_path, "train"), config.vocab_size)
     loader = train_gpt.TokenLoader(stream, config, runtime)
     validation: Any = None  # never asked for: VAL_LOSS_EVERY is 0 and `train` is not called
-    trainer = train_gpt.Trainer(config, runtime, train_gpt.RunLog(config, runtime), model, loader, validation)
+    importance = torch.rand(config.vocab_size, device=runtime.device) if config.kg_enabled else None
+    log = train_gpt.RunLog(config, runtime)
+    trainer = train_gpt.Trainer(config, runtime, log, model, loader, validation, importance)
     trainer.step = 11
     return trainer
 
@@ -119,8 +121,9 @@ def phase_shares(trainer: train_gpt.Trainer, repeats: int) -> list[dict[str, Any
 
     def passes() -> None:
         trainer.optimizers.zero_grad()
+        token_weights = trainer.token_weights(batches)
         for ids, targets in batches:
-            _, weighted, further = trainer.losses(ids, targets, trainer.controls.qat, None)
+            _, weighted, further = trainer.losses(ids, targets, trainer.controls.qat, token_weights)
             (weighted + trainer.controls.mtp_weight * further).backward()
 
     def optimizers() -> None:

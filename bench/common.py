@@ -216,6 +216,13 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join("  ".join(line[name].rjust(width) for name, width in widths.items()) for line in lines)
 
 
+def _is_table(rows: Any) -> bool:
+    """Whether these are rows of plain values."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return False
+    return not any(isinstance(value, (dict, list)) for row in rows for value in row.values())
+
+
 def _rounded(value: Any) -> Any:
     """The same structure with six significant digits everywhere."""
     if isinstance(value, dict):
@@ -234,7 +241,7 @@ def report(
 ) -> dict[str, Any]:  # fmt: skip
     """Print what was measured, for people and as the last line for machines, and return the latter."""
     for name, rows in figures.items():
-        if isinstance(rows, list) and rows and not any(isinstance(value, (dict, list)) for value in rows[0].values()):
+        if _is_table(rows):
             print(f"{bench}, {name}:", table(rows), sep="\n")
     for headline in headlines:
         row = headline.row()

@@ -341,9 +341,13 @@ def check_evaluation(bench: Bench) -> Iterator[Finding]:
 def check_ttt(bench: Bench) -> Iterator[Finding]:
     """Tokens a second of test-time training, and seconds for the contest's split."""
     config = dataclasses.replace(bench.config, mtp_num_heads=0)
-    row = ttt.measure(config, bench.runtime, config.ttt_batch_seqs if bench.on_cuda else 2, 3)
+    seqs = config.ttt_batch_seqs if bench.on_cuda else 2
+    row = ttt.measure(config, bench.runtime, seqs, 3)
     yield Finding("test-time training", row["tokens_per_s"], "tokens/s")
     if bench.on_cuda:
+        compiled = ttt.measure(config, bench.runtime, seqs, 3, compiled=True)
+        yield Finding("test-time training if it were compiled", compiled["tokens_per_s"], "tokens/s")
+        yield Finding("test-time training if it were compiled, first batch", compiled["first_s"], "s")
         seconds = CONTEST_TARGETS * config.ttt_epochs / row["tokens_per_s"] / WORLD
         what = f"training on the contest's split, {config.ttt_epochs} epochs, {WORLD} GPUs (projected)"
         yield Finding.within(what, seconds, train_gpt.STAGE_BUDGET_S, "s")

@@ -1440,7 +1440,7 @@ class Optimizers:
             lr, wd = getattr(self.config, rule.lr_field), getattr(self.config, rule.wd_field)
             rows.append(dict(params=members, base_lr=lr, weight_decay=wd))
         betas, eps = (self.config.beta1, self.config.beta2), self.config.adam_eps
-        return torch.optim.AdamW(rows, lr=0.0, betas=betas, eps=eps, fused=self.flat_grad.is_cuda)
+        return torch.optim.AdamW(rows, lr=0.0, betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
     def step(self, lr_scale: float, muon_momentum: float, clip_norm: float) -> Tensor:

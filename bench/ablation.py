@@ -20,7 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import common
+
+REPO = common.REPO
 SMALL = dict(
     RECIPE="swarm", NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, VE_LAYERS="2,3", VE_DIM=32, BIGRAM_DIM=64,
     XSA_LAST_N=1, TRAIN_SEQ_LEN=256, ROPE_TRAIN_LEN=256, EVAL_SEQ_LEN=256, EVAL_STRIDE=256, TRAIN_BATCH_TOKENS=2048,
@@ -83,7 +86,7 @@ def main() -> None:
         table[variant] = {kind: summarize(rows, kind) for kind in ("averaged", "artifact")}
         cells = [f"{table[variant][kind]['mean']:.4f} ± {table[variant][kind]['std']:.4f}" for kind in table[variant]]
         print(f"{variant:<20} {cells[0]:>20} {cells[1]:>20}")
-    print(json.dumps({"bench": "ablation", "seeds": args.seeds, "steps": args.steps, "bpb": table}))
+    common.report("ablation", [], None, 1, seeds=args.seeds, steps=args.steps, bpb=table)
 
 
 if __name__ == "__main__":

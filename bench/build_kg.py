@@ -4,13 +4,10 @@
 
 The graph has WordNet's shape: words, senses, a tree of synsets, cross links. One sentence in twenty of the
 text states a relation. Both come from fixed seeds, so nothing has to be downloaded. The step runs as a user
-runs it, in a process of its own; its report is for people, the last line is JSON.
+runs it, in a process of its own; its report comes first.
 """
 
-import argparse
 import json
-import os
-import platform
 import random
 import resource
 import subprocess
@@ -20,7 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import common
+
+GOAL_S, GOAL_MIB = 60, 4096
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 VERBS = ("causes", "requires", "enables", "improves", "contains", "is part of", "depends on", "leads to")
 
@@ -66,17 +66,19 @@ def generated_text(characters: int, words: int, seed: int = 2) -> Iterator[str]:
 
 def main() -> int:
     """Generate, build, report; exit code 1 when the step failed or took more than the goal."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = common.arguments(__doc__, threads=1)
     parser.add_argument("--nodes", type=int, default=500_000, help="about how many (%(default)s)")
     parser.add_argument("--text-mb", type=float, default=20.0, help="megabytes of text as well (%(default)s)")
     args = parser.parse_args()
+    if args.quick:
+        args.nodes, args.text_mb = 20_000, 1.0
     with tempfile.TemporaryDirectory() as folder:
         edges, text, out = (Path(folder) / name for name in ("edges.tsv", "text.jsonl", "words.tsv"))
         with edges.open("w") as file:
             file.writelines(generated_edges(args.nodes))
         with text.open("w") as file:
             file.writelines(generated_text(int(args.text_mb * 1e6), args.nodes // 3))
-        command = [sys.executable, str(ROOT / "tools/build_kg.py"), "graph"]
+        command = [sys.executable, str(common.REPO / "tools/build_kg.py"), "graph"]
         command += ["--edges", str(edges), "--text", str(text), "--out", str(out)]
         started = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -86,20 +88,14 @@ def main() -> int:
         return 1
     report = dict(line.strip().split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    result = {
-        "bench": "build_kg",
-        "nodes": int(report["nodes"]),
-        "edges": int(report["edges"]),
-        "text_mb": args.text_mb,
-        "seconds": round(seconds, 1),
-        "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // unit,
-        "goal_seconds": 60,
-        "goal_mib": 4096,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    print(json.dumps(result))
-    return int(result["seconds"] > result["goal_seconds"] or result["peak_mib"] > result["goal_mib"])
+    peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // unit
+    what = f"knowledge graph of {int(report['nodes']):,} nodes and {args.text_mb:g} MB of text"
+    headlines = [
+        common.Headline(what, seconds, "s", GOAL_S, at_least=False),
+        common.Headline(f"{what}, peak memory", peak_mib, "MiB", GOAL_MIB, at_least=False),
+    ]
+    common.report("build_kg", headlines, None, 1, nodes=int(report["nodes"]), edges=int(report["edges"]))
+    return int(seconds > GOAL_S or peak_mib > GOAL_MIB)
 
 
 if __name__ == "__main__":

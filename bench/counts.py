@@ -1,16 +1,14 @@
 """How long exact causal n-gram counts take, and how time and memory grow with the stream.
 
-Run from the repository root: `python -m bench.counts [--tokens N] [--quick]`. The stream is synthetic: many
+    python bench/counts.py [--tokens N] [--full] [--quick]
+
+`--full` takes the contest's 62M targets. The stream is synthetic: many
 Markov chains with heavy-tailed steps, some of them repeated, so that every order finds contexts again.
 Seconds are this process's CPU time on one core, wall time beside it; peak memory is of the whole process.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as m
+from bench import common
 
 CHAIN_TOKENS = 4096
 
@@ -44,33 +43,39 @@ def measure(num_tokens: int, max_order: int) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     matched = [int((counts.context_count > 0).sum()) for counts in m.iter_ngram_counts(tokens, max_order)]
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "tokens": num_tokens,
-        "cpu_s": round(cpu, 3),
-        "wall_s": round(wall, 3),
-        "us_per_token": round(cpu / num_tokens * 1e6, 3),
-        "peak_mib": round(peak_mib),
-        "highest_order_matched": round(matched[-1] / num_tokens, 3),
+        "cpu_s": cpu,
+        "wall_s": wall,
+        "us_per_token": cpu / num_tokens * 1e6,
+        "peak_mib": common.peak_memory_mib(),
+        "highest_order_matched": matched[-1] / num_tokens,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.arguments(__doc__, threads=1)
     parser.add_argument("--tokens", type=int, default=4_000_000, help="longest stream (default 4,000,000)")
+    parser.add_argument("--full", action="store_true", help="62,021,632 tokens: minutes, and some GiB")
     parser.add_argument("--max-order", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="400,000 tokens")
     args = parser.parse_args()
-    longest = 400_000 if args.quick else args.tokens
+    longest = 400_000 if args.quick else 62_021_632 if args.full else args.tokens
     rows = [measure(longest // part, args.max_order) for part in (8, 4, 2, 1)]
-    print(f"exact counts, orders 1-{args.max_order}, one core")
-    print(" ".join(f"{name:>22}" for name in rows[0]))
-    for row in rows:
-        print(" ".join(f"{value:>22,}" for value in row.values()))
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
-    print(json.dumps({"bench": "counts", "max_order": args.max_order, "growth": rows, **versions}))
+    last, at_full_size = rows[-1], longest >= 62_000_000
+    seconds = last["wall_s"] if at_full_size else last["cpu_s"]
+    unit = "s" if at_full_size else "s of CPU, one core"
+    limit = 150 if at_full_size else 6 if longest == 4_000_000 else None
+    what = f"exact counts, orders 1-{args.max_order}, {longest / 1e6:g}M tokens"
+    headlines = [
+        common.Headline(what, seconds, unit, limit, at_least=False),
+        common.Headline(
+            "cost a token of those counts, against an eighth of the stream",
+            last["us_per_token"] / rows[0]["us_per_token"], "×",
+        ),
+    ]  # fmt: skip
+    if at_full_size:
+        headlines.append(common.Headline(f"{what}, peak memory", last["peak_mib"], "MiB", 8192, at_least=False))
+    common.report("counts", headlines, None, 1, max_order=args.max_order, growth=rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What mixing costs per scored token, counts included, and what it gains; beside a table-based mixer.
 
-Run from the repository root: `python -m bench.mixing [--tokens N] [--quick]`. The neural model is a
+    python bench/mixing.py [--tokens N] [--quick]
+
+The neural model is a
 stand-in that knows the synthetic stream's Markov steps only roughly. The table-based mixer follows the
 description of PR 1094, token by token, over fewer tokens. Microseconds are CPU time of this process, on
 one core.
@@ -8,8 +10,6 @@ one core.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as m
+from bench import common
 from bench.counts import synthetic_tokens
 
 VOCAB_SIZE = 1024
@@ -97,20 +98,17 @@ def timed(mix: Callable[[], np.ndarray], name: str, neural: np.ndarray) -> dict[
     return {
         "mixer": name,
         "tokens": len(mixed),
-        "us_per_token": round(cpu / len(mixed) * 1e6, 3),
-        "wall_us_per_token": round(wall / len(mixed) * 1e6, 3),
+        "us_per_token": cpu / len(mixed) * 1e6,
+        "wall_us_per_token": wall / len(mixed) * 1e6,
         "neural_bits": round(float(-neural[: len(mixed)].mean(dtype=np.float64) / np.log(2)), 4),
         "mixed_bits": round(float(-mixed.mean() / np.log(2)), 4),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.arguments(__doc__, threads=1)
     parser.add_argument("--tokens", type=int, default=4_000_000, help="scored tokens (default 4,000,000)")
     parser.add_argument("--table-tokens", type=int, default=50_000, help="tokens for the table-based mixer")
-    parser.add_argument("--quick", action="store_true", help="400,000 tokens, 10,000 by table")
     args = parser.parse_args()
     num_tokens, table_tokens = (400_000, 10_000) if args.quick else (args.tokens, args.table_tokens)
     tokens = synthetic_tokens(num_tokens + 1)
@@ -124,11 +122,14 @@ def main() -> None:
     rows.append(
         timed(lambda: TableMixer().mix(tokens[: table_tokens + 1], logp[few], entropy[few]), "tables", logp)
     )
-    print(f"{'mixer':26}" + "".join(f"{name:>19}" for name in list(rows[0])[1:]))
-    for row in rows:
-        print(f"{row['mixer']:26}" + "".join(f"{value:>19,}" for value in list(row.values())[1:]))
+    default, tables = rows[0], rows[-1]
+    what = "mixing with its counts, a scored token"
+    headlines = [
+        common.Headline(what, float(default["us_per_token"]), "µs of CPU", 2.5, at_least=False),
+        common.Headline(f"{what}, by tables token by token", float(tables["us_per_token"]), "µs of CPU"),
+    ]
     print("bits are per token; those of hashed counts and tables are no code lengths")
-    print(json.dumps({"bench": "mixing", "rows": rows, "numpy": np.__version__}))
+    common.report("mixing", headlines, None, 1, mixers=rows)
 
 
 if __name__ == "__main__":

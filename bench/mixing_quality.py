@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -24,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
+from bench import common
 
 MIXERS: dict[str, dict[str, Any]] = {
     "neural": dict(mixer="none"),
@@ -91,7 +91,7 @@ def main() -> None:
     if args.plot:
         plot(curves, validation.bytes, args.plot)
     targets, total_bytes = validation.num_targets, int(validation.bytes.sum())
-    print(json.dumps({"bench": "mixing_quality", "targets": targets, "bytes": total_bytes, "rows": rows, **extremes}))
+    common.report("mixing_quality", [], None, 1, targets=targets, bytes=total_bytes, rows=rows, **extremes)
 
 
 def on_repeated_text(

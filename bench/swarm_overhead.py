@@ -3,12 +3,9 @@
     python bench/swarm_overhead.py [--runs 200]
 
 Each run is timed from outside, logging apart, and by the mesh itself. The first run has cold caches, as in
-training. The table is for people, the last line is JSON.
+training.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -17,8 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import common
 from swarm_agents import TrainingMetrics, VotingMesh
 
+GOAL_US = 300  # of a whole run
 STEPS, STEP_MS, WARMDOWN = 7000, 85.7, 3700  # a run of 600 s on eight GPUs
 
 
@@ -59,27 +58,21 @@ def vote_through_a_run() -> tuple[float, VotingMesh]:
 
 def main() -> int:
     """Time the runs and print the result; exit code 1 when even the median is over the goal."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = common.arguments(__doc__, threads=1)
     parser.add_argument("--runs", type=int, default=200, help="how many runs to time (%(default)s)")
-    runs = [vote_through_a_run() for _ in range(max(1, parser.parse_args().runs))]
+    args = parser.parse_args()
+    runs = [vote_through_a_run() for _ in range(10 if args.quick else max(1, args.runs))]
     outside = [microseconds for microseconds, _ in runs]
     print(*runs[0][1].summary(), sep="\n")
-    result = {
-        "bench": "swarm_overhead",
-        "cycles": 8,
-        "runs": len(runs),
-        "first_us": round(outside[0], 1),
-        "median_us": round(statistics.median(outside), 1),
-        "max_us": round(max(outside), 1),
-        "median_logged_us": round(statistics.median(mesh.total_us for _, mesh in runs), 1),
-        "goal_us": 300,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()} {platform.processor()}".strip(),
-    }
-    for name, value in result.items():
-        print(f"{name:>16}: {value}")
-    print(json.dumps(result))
-    return int(result["median_us"] > result["goal_us"])
+    headline = common.Headline(
+        "the swarm, a whole run of 8 votes", statistics.median(outside), "µs", GOAL_US, at_least=False
+    )
+    logged = [mesh.total_us for _, mesh in runs]
+    common.report(
+        "swarm_overhead", [headline], None, 1, first_us=outside[0], run_us=common.spread(outside),
+        logged_us=common.spread(logged),
+    )  # fmt: skip
+    return int(statistics.median(outside) > GOAL_US)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,228 @@
-"""Every benchmark and tool starts from any folder and explains itself."""
+"""Benchmarks and tools start from any folder, explain themselves, and say where and on what they measured."""
 
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import common, run_all
+from tools import report
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(REPO / "bench").glob("*.py"), *(REPO / "tools").glob("*.py"), *(REPO / "data").glob("*.py")])
 PROGRAMS = [path for path in SCRIPTS if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 
 
+# Each program in a fork of one process that has loaded torch already: a fresh start of each would take a minute in all.
+HELP_OF_ALL = """
+import contextlib, io, json, os, runpy, sys
+import torch
+for script in sys.argv[1:]:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        printed, code = io.StringIO(), None
+        sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
+        try:
+            with contextlib.redirect_stdout(printed):
+                runpy.run_path(script, run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code
+        os.write(write, printed.getvalue()[:4000].encode())
+        os._exit(0 if code in (0, None) else 1)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        printed = pipe.read().decode(errors="replace")
+    print(json.dumps([script, os.waitstatus_to_exitcode(os.wait()[1]), printed]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def help_of_all(tmp_path_factory) -> tuple[dict[str, tuple[int, str]], str]:
+    """Exit code and text of every program's --help, run from an empty folder, and what they wrote to stderr."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-c", HELP_OF_ALL, *map(str, PROGRAMS)]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert not list(folder.iterdir())
+    rows = [json.loads(line) for line in process.stdout.splitlines()]
+    return {script: (code, text) for script, code, text in rows}, process.stderr
+
+
 @pytest.mark.parametrize("script", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_help_works_from_another_folder(script, tmp_path):
-    result = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("usage:")
-    assert not list(tmp_path.iterdir())
+def test_help_works_from_another_folder(script, help_of_all):
+    code, text = help_of_all[0][str(script)]
+    assert code == 0, help_of_all[1]
+    assert text.startswith("usage:")
+
+
+def run_quick(name: str, monkeypatch, capsys, *arguments: str) -> dict:
+    """The last line of a benchmark's quick run in this process."""
+    module = importlib.import_module(f"bench.{name}")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", "cpu", "--quick", "--threads", "1", *arguments])
+    assert not module.main()
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+QUICK_RUNS = [
+    ("swarm_overhead", ()), ("counts", ()), ("train_step", ()), ("evaluation", ()), ("ttt", ()),
+    ("forward_backward", ("--no-compile",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments"), QUICK_RUNS, ids=[name for name, _ in QUICK_RUNS])
+def test_the_last_line_says_what_was_measured_where_and_of_which_commit(name, arguments, monkeypatch, capsys):
+    result = run_quick(name, monkeypatch, capsys, *arguments)
+    assert result["bench"] == name
+    assert result["commit"] == common.git_commit()
+    assert {"device", "cpu", "cores", "threads", "python", "torch", "numpy", "load"} <= set(result["machine"])
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["headlines"]
+    for line in result["headlines"]:
+        assert line["value"] > 0
+        assert line["unit"]
+
+
+def test_the_gpu_check_runs_on_a_cpu_and_says_what_it_left_out(monkeypatch, capsys):
+    """`compiled` and `grid`, which compile for half a minute, are left to the GPU and to tests of their own."""
+    names = ["golden", "fp32", "bf16", "attention", "step", "rates", "evaluation", "ttt", "counts"]
+    module = importlib.import_module("bench.gpu_check")
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_check.py", "--device", "cpu", "--quick", "--threads", "1", "--only", *names]
+    )
+    assert module.main() == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.strip().splitlines()[-1])
+    expected = dict.fromkeys(names, "done") | {"fp32": "skipped"}
+    assert {row["check"]: row["status"] for row in result["checks"]} == expected
+    assert printed.count("SKIPPED attention") == 6  # fa3, fa2 and cudnn, in two checks
+    assert "says nothing about a GPU" in printed
+    assert set(names) | {"compiled", "grid"} == set(module.CHECKS)
+
+
+def test_a_failing_gpu_check_is_reported_and_the_next_one_runs(monkeypatch, capsys):
+    module = importlib.import_module("bench.gpu_check")
+    wrong = module.Finding.within("never within", float("nan"), 1.0)
+
+    def raises(_bench):
+        yield module.Finding("before the end", 1.0)
+        raise RuntimeError("no such kernel")
+
+    checks = {"wrong": lambda _bench: iter([wrong]), "raises": raises, "last": lambda _bench: iter(())}
+    monkeypatch.setattr(module, "CHECKS", checks)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--quick", "--threads", "1"])
+    assert module.main() == 1
+    printed = capsys.readouterr().out
+    result = json.loads(printed.strip().splitlines()[-1])
+    assert result["failed"] == ["wrong", "raises"]
+    assert [row["status"] for row in result["checks"]] == ["failed", "failed", "done"]
+    assert "no such kernel" in printed
+    assert result["checks"][1]["findings"][0]["what"] == "before the end"
+
+
+def test_one_failing_benchmark_does_not_lose_the_rest(tmp_path):
+    line = json.dumps(dict(bench="fine", headlines=[dict(what="speed", value=2.0, unit="x")]))
+    (tmp_path / "fine.py").write_text(f"print('a table'); print({line!r})")
+    (tmp_path / "broken.py").write_text("raise SystemExit('out of paper')")
+    (tmp_path / "silent.py").write_text("")
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "over.py").write_text(f"print({line!r}); raise SystemExit(1)")
+    names = ("broken", "absent", "silent", "slow", "over", "fine")
+    rows = run_all.run_all(tuple(run_all.Job(name, 1.0) for name in names), [], tmp_path)
+    outcome = {row["script"]: row for row in rows}
+    assert list(outcome) == ["broken", "silent", "slow", "over", "fine"]
+    assert "out of paper" in outcome["broken"]["error"]
+    assert "no result line" in outcome["silent"]["error"]
+    assert outcome["slow"]["error"] == "not done within 1 s"
+    assert outcome["over"]["error"] == "exit code 1"
+    assert outcome["over"]["result"] == outcome["fine"]["result"] == json.loads(line)
+    assert "error" not in outcome["fine"]
+
+
+def test_every_job_names_a_script_that_is_there_or_announced():
+    scripts = {path.stem for path in (REPO / "bench").glob("*.py")}
+    announced = {"packing", "checkpoint"}  # taken in as soon as their scripts exist
+    for jobs in run_all.JOBS.values():
+        assert {job.script for job in jobs} <= scripts | announced
+    left_out = {"common", "run_all", "gpu_check", "ablation", "mixing_quality"}  # no questions of speed on any CPU
+    assert scripts - left_out - announced <= {job.script for job in run_all.JOBS["cpu"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "at_least", "kept"),
+    [(2.0, 1.5, True, True), (1.0, 1.5, True, False), (1.0, 1.5, False, True), (2.0, 1.5, False, False)],
+)
+def test_a_limit_is_a_floor_or_a_ceiling(value, limit, at_least, kept):
+    assert common.Headline("x", value, "s", limit, at_least).row()["kept"] is kept
+    assert "kept" not in common.Headline("x", value, "s").row()
+
+
+def test_spread_and_turns():
+    assert common.spread([3.0, 1.0, 2.0]) == dict(median=2.0, min=1.0, max=3.0, repeats=3)
+    calls: list[str] = []
+    seconds = common.timed_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 1, 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_flops_of_the_record_are_229_million_a_token():
+    import train_gpt
+
+    config = train_gpt.Config.from_env({"RECIPE": "swarm"})
+    assert common.train_flops_per_token(config, 2048) == pytest.approx(229e6, rel=0.005)
+
+
+def test_outside_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "REPO", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert common.git_commit() == "unknown"
+
+
+def written_run(device: str, date: str, value: float, **extra) -> dict:
+    machine = dict(cpu="A chip", cores=2, torch="2.13", threads=2)
+    line = dict(what="speed", value=value, unit="tokens/s", limit=473.0, at_least=True, kept=value >= 473)
+    scripts = [
+        dict(script="fine", result=dict(headlines=[line], machine=machine)),
+        dict(script="broken", error="not done within 9 s"),
+    ]
+    return dict(device=device, date=date, commit="abc", load_before=0.5, quick=False, scripts=scripts) | extra
+
+
+def test_the_table_is_made_of_the_newest_whole_run_of_each_device(tmp_path):
+    runs = [
+        written_run("cpu", "2026-01-01T00:00:00", 100.0), written_run("cpu", "2026-02-01T00:00:00", 1234.5),
+        written_run("cpu", "2026-03-01T00:00:00", 9.0, quick=True), written_run("cuda", "2026-01-05T00:00:00", 400.0),
+    ]  # fmt: skip
+    for number, run in enumerate(runs):
+        (tmp_path / f"{run['device']}-{number}.json").write_text(json.dumps(run))
+    (tmp_path / "cpu-ablation.json").write_text(json.dumps(dict(bench="ablation")))
+    text = report.render(tmp_path)
+    assert text.startswith(report.MARKERS[0])
+    assert text.endswith(report.MARKERS[1])
+    assert "| speed | 1,234 tokens/s | ≥ 473 | `bench/fine.py` |" in text
+    assert "| speed | 400 tokens/s | ≥ 473, missed | `bench/fine.py` |" in text
+    assert "9 tokens/s" not in text
+    assert text.index("CPU: ") < text.index("CUDA: ")
+    assert "`bench/broken.py` (not done within 9 s)" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", report.MARKERS[0], "".join(reversed(report.MARKERS)), "".join(report.MARKERS * 2)]
+)
+def test_a_readme_without_one_pair_of_markers_is_refused(text):
+    with pytest.raises(report.ReportError, match="README"):
+        report.between_markers(text)
+
+
+def test_no_results_are_an_error_with_the_command_that_makes_them(tmp_path):
+    with pytest.raises(report.ReportError, match=r"run bench/run_all\.py"):
+        report.render(tmp_path)
+
+
+def test_readme_shows_what_the_generator_makes_of_the_committed_results():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    first, last = report.between_markers(text)
+    assert text[first:last] == report.render(), "run: python tools/report.py --write"

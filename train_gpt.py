@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 import kg_data
 import swarm_agents
@@ -400,6 +401,7 @@ class Runtime:
         self.rank = self.rank_in(environ)
         self.local_rank = _parse("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
         self.world_size = _parse("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
+        self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.device = self._pick_device(config.device)
         self.control_group: Any = None
         self.signal, self.signalled_at = 0, 0.0
@@ -427,7 +429,10 @@ class Runtime:
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
-            dist.init_process_group(backend, device_id=device_id, timeout=self.TIMEOUT)
+            # torchrun may keep its store over a restart, with the addresses of processes that are gone.
+            store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.TIMEOUT))[0])
+            place = dict(store=store, rank=self.rank, world_size=self.world_size)
+            dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
             # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
             self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
         self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]

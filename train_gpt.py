@@ -398,7 +398,7 @@ class Runtime:
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, config: Config, environ: Mapping[str, str]):
-        self.rank = self.rank_in(environ)
+        self.rank = _parse("RANK", environ.get("RANK", "0"), int)
         self.local_rank = _parse("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
         self.world_size = _parse("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
         self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -408,8 +408,9 @@ class Runtime:
         self.former_handlers: list[Any] = []
 
     @staticmethod
-    def rank_in(environ: Mapping[str, str]) -> int:
-        return _parse("RANK", environ.get("RANK", "0"), int)
+    def label(environ: Mapping[str, str]) -> str:
+        """Which rank an error is of, where there are several."""
+        return f"rank {environ.get('RANK')}: " if environ.get("WORLD_SIZE", "1") != "1" else ""
 
     def _pick_device(self, choice: str) -> torch.device:
         available = torch.cuda.is_available()
@@ -3171,23 +3172,24 @@ def run(config: Config, runtime: Runtime) -> Score:
 
 def main() -> int:
     """Run as the environment says; errors a user can mend end in one line and exit code 2, signals in 128 + number."""
-    rank = 0
+    label = Runtime.label(os.environ)
     try:
-        rank = Runtime.rank_in(os.environ)
         config = Config.from_env(os.environ)
         with Runtime(config, os.environ) as runtime:
             run(config, runtime)
     except Stopped as stop:
         return 128 + stop.args[0]
     except UserError as error:
-        time.sleep(2.0 if rank else 0.0)  # what every rank finds is for rank 0 to say; its launcher ends the others
-        sys.stderr.write(f"error: rank {rank}: {error}\n" if rank else f"error: {error}\n")
+        # What every rank finds is for rank 0 to say: its launcher then ends the others.
+        time.sleep(0.0 if label in ("", "rank 0: ") else 2.0)
+        sys.stderr.write(f"error: {label}{error}\n")
         return 2
     return 0
 
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a console that takes nothing more was already reported
+            stream.flush()
     os._exit(exit_code)  # gloo's threads can abort a process whose work is done while the interpreter is taken down

@@ -83,9 +83,9 @@ train_gpt.save_artifact = fail
          "error: rank 1: a shard is gone", False),
         (AT_STEP.format(faults={(3, 1, 0)}, action="raise ZeroDivisionError('by zero')"),
          "error: rank 1: ZeroDivisionError: by zero", True),
-        (SAVING, "error: the disk is full", False),  # rank 0's, while the other one waits for the artifact
+        (SAVING, "error: rank 0: the disk is full", False),  # rank 0's, while the other one waits for the artifact
         (AT_STEP.format(faults={(3, 0, 0), (3, 1, 0)}, action="raise train_gpt.DataError('all shards are gone')"),
-         "error: all shards are gone", False),
+         "error: rank 0: all shards are gone", False),
     ],
     ids=["data on rank 1", "bug on rank 1", "artifact on rank 0", "both ranks"],
 )  # fmt: skip

@@ -3182,7 +3182,7 @@ def main() -> int:
     except UserError as error:
         # What every rank finds is for rank 0 to say: its launcher then ends the others.
         time.sleep(0.0 if label in ("", "rank 0: ") else 2.0)
-        sys.stderr.write(f"error: {label}{error}\n")
+        sys.stderr.write(f"error: {label}{' '.join(str(error).split())}\n")
         return 2
     return 0
 

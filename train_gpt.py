@@ -765,6 +765,7 @@ class Checkpoints:
     def save(self, tensors: Mapping[str, Tensor], meta: dict[str, Any], stall_s: float) -> None:
         """Begin to write, once the file before is written; `stall_s` is what the caller waited for its snapshot."""
         self.finish()
+        meta = json.loads(json.dumps(meta))  # as it is now: the run goes on while the thread writes
         number = 1 + max((number for number, _ in self.numbered()), default=0)
         name = f"{number:06d}_step{meta['step']}.safetensors" if "step" in meta else self.EVALUATION
         self.cost = dict(stall_ms=1000 * stall_s, file=str(self.folder / name))

@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "train_gpt.py"
@@ -176,3 +177,17 @@ def golden_folder() -> Path | None:
 def shared_data(name: str) -> Path | None:
     """A data file that is not part of the repository."""
     return next((folder / name for folder in _shared_folders() if (folder / name).exists()), None)
+
+
+def assert_refused(
+    capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], argv: Sequence[object], *words: str
+) -> None:
+    """The command ends with exit code 2 and one line on stderr that holds all of `words`."""
+    capsys.readouterr()
+    assert main([str(arg) for arg in argv]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert "Traceback" not in stderr
+    for word in words:
+        assert word in stderr

@@ -6,13 +6,12 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import train_gpt
 
@@ -23,14 +22,6 @@ import audit
 EFFORT = audit.Effort(cuts=3, targets=1, strides=())
 VOCAB = 32
 RECIPE = train_gpt.Config.from_env({"RECIPE": "swarm", "DEVICE": "cpu"})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shards import DataError
+from support import assert_refused
 from tokenizer import Tokenizer, train_tokenizer
 
 SCRIPT = Path(prepare.__file__)
@@ -55,18 +56,6 @@ def decode_documents(folder: Path, split: str) -> list[str]:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def assert_refused(capsys: pytest.CaptureFixture[str], argv: list[object], *words: str) -> None:
-    """The command ends with exit code 2 and one line on stderr that holds all of `words`."""
-    capsys.readouterr()
-    assert prepare.main([str(arg) for arg in argv]) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert "Traceback" not in stderr
-    for word in words:
-        assert word in stderr
 
 
 @pytest.fixture(scope="session")
@@ -420,7 +409,7 @@ def test_a_failed_run_leaves_the_folder_as_it_was(
     bad.write_text(corpus.read_text() + "{broken\n")
     for target in (out, tmp_path / "new"):
         argv = [bad, "--out", target, "--tokenizer", model, "--workers", 1, "--shard-tokens", 300]
-        assert_refused(capsys, argv, f"{bad}:301:", "JSON")
+        assert_refused(capsys, prepare.main, argv, f"{bad}:301:", "JSON")
     assert folder_bytes(out) == before
     assert not (tmp_path / "new").exists()
 
@@ -469,7 +458,7 @@ def test_mixed_or_damaged_folders_are_refused(
     spoil(out, extra)
     extra = extra if "--train-tokenizer" in extra else [*extra, "--train-tokenizer", "340"]
     before = folder_bytes(out)
-    assert_refused(capsys, [*argv, *extra], str(out), *words)
+    assert_refused(capsys, prepare.main, [*argv, *extra], str(out), *words)
     assert folder_bytes(out) == before
     assert prepare.main([*argv, *extra, "--overwrite"]) == 0
     prepared_folder.check(out)
@@ -525,7 +514,7 @@ def test_check_finds_every_disagreement(
     prepare.prepare(prepare.Settings([corpus], out, tokenizer=model))
     assert prepare.main(["--check", str(out)]) == 0
     spoil(out)
-    assert_refused(capsys, ["--check", out], *words)
+    assert_refused(capsys, prepare.main, ["--check", out], *words)
 
 
 def test_check_refuses_tokens_beyond_the_vocabulary(tmp_path: Path, model: Path, corpus: Path) -> None:
@@ -581,7 +570,7 @@ def test_unusable_input_is_named(
 ) -> None:
     path = bad_input(tmp_path, name, content)
     argv = [path, "--out", tmp_path / "out", "--tokenizer", model, "--workers", 1]
-    assert_refused(capsys, argv, str(path), *words)
+    assert_refused(capsys, prepare.main, argv, str(path), *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -589,12 +578,12 @@ def test_unusable_parquet_is_named(tmp_path: Path, model: Path, capsys: pytest.C
     path = tmp_path / "a.parquet"
     common = ["--out", tmp_path / "out", "--tokenizer", model, "--workers", 1]
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), path)
-    assert_refused(capsys, [path, *common], str(path), "'body'", "--text-field")
+    assert_refused(capsys, prepare.main, [path, *common], str(path), "'body'", "--text-field")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), path)
-    assert_refused(capsys, [path, *common], str(path), "row 2", "NoneType")
+    assert_refused(capsys, prepare.main, [path, *common], str(path), "row 2", "NoneType")
     pyarrow.parquet.write_table(pyarrow.table({"text": make_texts(500)}), path)
     path.write_bytes(path.read_bytes()[:-3000])
-    assert_refused(capsys, [path, *common], str(path), "Parquet")
+    assert_refused(capsys, prepare.main, [path, *common], str(path), "Parquet")
 
 
 @pytest.mark.parametrize(
@@ -622,7 +611,7 @@ def test_unusable_parquet_is_named(tmp_path: Path, model: Path, capsys: pytest.C
 def test_unusable_options_are_named(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], extra: list[str], words: list[str]
 ) -> None:
-    assert_refused(capsys, [corpus, "--out", tmp_path / "out", *extra], *words)
+    assert_refused(capsys, prepare.main, [corpus, "--out", tmp_path / "out", *extra], *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -630,12 +619,12 @@ def test_missing_input_and_output_are_named(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert_refused(capsys, ["--out", tmp_path / "out"], "no input")
-    assert_refused(capsys, [corpus], "--out")
-    assert_refused(capsys, [tmp_path / "empty", "--out", tmp_path / "out"], "no input in this folder")
-    assert_refused(capsys, [tmp_path / "gone", "--out", tmp_path / "out"], "no such file")
-    assert_refused(capsys, [corpus, "--out", corpus], "is a file")
-    assert_refused(capsys, ["--check", tmp_path / "gone"], "no such folder")
+    assert_refused(capsys, prepare.main, ["--out", tmp_path / "out"], "no input")
+    assert_refused(capsys, prepare.main, [corpus], "--out")
+    assert_refused(capsys, prepare.main, [tmp_path / "empty", "--out", tmp_path / "out"], "no input in this folder")
+    assert_refused(capsys, prepare.main, [tmp_path / "gone", "--out", tmp_path / "out"], "no such file")
+    assert_refused(capsys, prepare.main, [corpus, "--out", corpus], "is a file")
+    assert_refused(capsys, prepare.main, ["--check", tmp_path / "gone"], "no such folder")
 
 
 def test_vocabularies_beyond_uint16_are_refused(
@@ -658,7 +647,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     monkeypatch.setattr(shards.ShardWriter, "_write", fail)
     argv = [corpus, "--out", tmp_path / "out", "--tokenizer", model, "--workers", 1]
-    assert_refused(capsys, argv, "No space left on device", "free some space")
+    assert_refused(capsys, prepare.main, argv, "No space left on device", "free some space")
     assert not (tmp_path / "out").exists()
 
 

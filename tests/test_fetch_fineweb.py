@@ -18,6 +18,7 @@ import fetch_fineweb
 import pytest
 import shards
 from shards import DataError
+from support import assert_refused
 from tokenizer import train_tokenizer
 
 SCRIPT = Path(fetch_fineweb.__file__)
@@ -84,18 +85,6 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
-
-
-def assert_refused(capsys: pytest.CaptureFixture[str], argv: list[str], *words: str) -> None:
-    """The command ends with exit code 2 and one line on stderr that holds all of `words`."""
-    capsys.readouterr()
-    assert fetch_fineweb.main(argv) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert "Traceback" not in stderr
-    for word in words:
-        assert word in stderr
 
 
 class CountingSource:
@@ -199,7 +188,7 @@ def test_a_damaged_download_never_takes_its_place(
     path = hub / SHARDS / f"fineweb_{file}.bin"
     good = path.read_bytes()
     spoil(path)
-    assert_refused(capsys, place.argv(hub), str(hub), path.name, *words)
+    assert_refused(capsys, fetch_fineweb.main, place.argv(hub), str(hub), path.name, *words)
     assert not list(place.data_path.rglob(path.name))  # nor stays where the next run would trust it
     path.write_bytes(good)
     assert fetch_fineweb.main(place.argv(hub)) == 0
@@ -228,7 +217,7 @@ def test_unusable_sources_and_options_are_named(
     place: Place, hub: Path, capsys: pytest.CaptureFixture[str], spoil, extra: list[str], words: list[str]
 ) -> None:
     spoil(hub)
-    assert_refused(capsys, place.argv(hub, *extra), *words)
+    assert_refused(capsys, fetch_fineweb.main, place.argv(hub, *extra), *words)
     assert not list(place.data_path.glob("*.bin"))
     assert not place.tokenizer_path.exists()
 
@@ -243,7 +232,7 @@ def test_a_tokenizer_outside_the_source_is_refused(hub: Path) -> None:
 def test_a_source_that_is_neither_folder_nor_repository(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_refused(capsys, place.argv("./no/such/folder"), "--source ./no/such/folder", "neither")
+    assert_refused(capsys, fetch_fineweb.main, place.argv("./no/such/folder"), "--source ./no/such/folder", "neither")
 
 
 def test_a_full_disk_is_named(
@@ -257,7 +246,7 @@ def test_a_full_disk_is_named(
         return Path(real(origin, copy))
 
     monkeypatch.setattr(shutil, "copyfile", fail_for_shards)
-    assert_refused(capsys, place.argv(hub), "No space left on device", "free some space")
+    assert_refused(capsys, fetch_fineweb.main, place.argv(hub), "No space left on device", "free some space")
     assert not list(place.data_path.glob("*.bin"))
 
 
@@ -291,7 +280,7 @@ def test_failures_of_the_hub_are_one_line(
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    assert_refused(capsys, place.argv("someone/something"), *words)
+    assert_refused(capsys, fetch_fineweb.main, place.argv("someone/something"), *words)
 
 
 class HubHandler(BaseHTTPRequestHandler):

@@ -45,14 +45,6 @@ NUM_TARGETS = 300
 CHUNKS = [(0, 72), (72, 144), (144, 216), (216, 288), (288, 300)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def formula_values(name: str, count: int) -> np.ndarray:
     """`count` numbers in [-1, 1), float64, that depend on the name alone; the golden vectors were made of them."""
     x = (np.arange(count, dtype=np.uint64) + zlib.crc32(name.encode())) % (1 << 32)

@@ -1,13 +1,14 @@
 # make demo   the whole job on a laptop CPU, in a few minutes
 # make test   lint, type check and the CPU test suite
 # Both need nothing but Python 3.10 to 3.13 and the package index.
+# make audit-deps   known vulnerabilities of the pinned versions, where their list can be reached
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint audit-deps clean
 
 $(VENV)/ready: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,5 +34,14 @@ lint: $(VENV)/ready
 test: lint
 	$(BIN)/python -m pytest
 
+# Looks up one pinned version first: an index that has no vulnerability records must not pass for a clean bill.
+audit-deps:
+	@if ! $(PYTHON) -c "import json, urllib.request as request; pin = [line.strip().split('==')[1] for line in \
+	  open('constraints.txt') if line.startswith('numpy==')][0]; json.load(request.urlopen(\
+	  f'https://pypi.org/pypi/numpy/{pin}/json', timeout=10))['vulnerabilities']" 2>/dev/null; then \
+	  echo "audit-deps: SKIPPED, https://pypi.org has no record of the pinned versions from here"; else \
+	  $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install --quiet pip-audit && \
+	  $(VENV)-audit/bin/python -m pip_audit --strict --no-deps --disable-pip -r constraints.txt; fi
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-audit runs

@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -22,10 +23,14 @@ import json
 import math
 import os
 import platform
+import re
+import signal
 import sys
 import time
+import traceback
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 import kg_data
 import swarm_agents
@@ -65,6 +71,18 @@ class ArtifactError(UserError):
     """An artifact that is missing, damaged, foreign or too large."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+class TrainingError(UserError):
+    """Gradients that stay non-finite, or a loss that ran away."""
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT ended the run at a boundary, its progress saved; the argument is the signal's number."""
+
+
 def require(package: str, purpose: str) -> types.ModuleType:
     """Import an optional package where it is first needed, or say which one is missing and for what."""
     try:
@@ -89,6 +107,9 @@ class Config:
     device: str = "auto"
     attention: str = "auto"
     compile: bool | None = None  # auto: on CUDA only
+    checkpoint_seconds: float = 120.0  # 0: only at a signal and at the end of training
+    checkpoint_keep: int = 2  # as many of the newest stay on disk
+    resume: str = ""  # auto: from the newest whole checkpoint in out_dir, if there is one; or a checkpoint's path
     eval_only: bool = False
     artifact: str = ""  # empty: final_model.int6.ptz in out_dir
 
@@ -269,9 +290,9 @@ class Config:
         return self
 
     def portable(self) -> Config:
-        """The config that goes into an artifact: no MTP heads, and no path of the machine that trained it."""
+        """The config that goes into an artifact: no MTP heads, and nothing of the machine and the process."""
         defaults = Config()
-        names = ("data_path", "tokenizer_path", "kg_path", "out_dir", "run_id", "artifact")
+        names = ("data_path", "tokenizer_path", "kg_path", "out_dir", "run_id", "artifact", *RESTART_FIELDS)
         return dataclasses.replace(self, mtp_num_heads=0, **{name: getattr(defaults, name) for name in names})
 
     @property
@@ -307,6 +328,14 @@ class Config:
         return Path(self.artifact) if self.artifact else Path(self.out_dir) / "final_model.int6.ptz"
 
 
+RESTART_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume")
+# A resumed run may differ in fields that begin like this: they do not change what training computes.
+NOT_TRAINING = (
+    *RESTART_FIELDS, "run_id", "out_dir", "data_path", "tokenizer_path", "kg_path", "artifact", "device", "attention",
+    "compile", "warmup_steps", "micro_batch_tokens", "train_log_every", "val_", "eval_", "ttt_", "polyak_decay",
+    "mixer", "ngram_", "alpha_", "entropy_expert",
+)  # fmt: skip
+
 # What a recipe sets beyond the defaults above.
 RECIPES: dict[str, dict[str, Any]] = {
     "swarm": dict(mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, ttt_enabled=True, mixer="backoff"),
@@ -333,7 +362,7 @@ FIELD_RANGES: dict[str, tuple[float, float]] = dict(
     warmdown_iters=(0, 10**9), matrix_lr=(0, 10), tied_embed_lr=(0, 10), embed_lr=(0, 10), head_lr=(0, 10),
     scalar_lr=(0, 10), muon_momentum=(0, 0.9999), muon_momentum_warmup_start=(0, 0.9999), muon_steps=(1, 20),
     muon_momentum_warmup_steps=(0, 10**9), muon_wd=(0, 1), adam_wd=(0, 1), beta1=(0, 0.9999), beta2=(0, 0.999999),
-    adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6),
+    adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6), checkpoint_seconds=(0, 1e7), checkpoint_keep=(1, 1000),
     swarm_every=(1, 10**9), kg_init_scale=(0, 10), kg_weight=(0, 1), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
     swa_start_scale=(0, 1), late_qat_threshold=(0, 1), crown_q_lambda=(0, 1e12), train_reserve_seconds=(0, 1e7),
     calibration_tokens=(1, 2**40), clip_std=(0, 1000), embed_clip_std=(0, 1000), prune_fraction=(0, 0.95),
@@ -399,17 +428,29 @@ def _reject_misspelt(environ: Mapping[str, str], known: set[str]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 2. Runtime: process group, device, and the log. World size 1 is the same code without communication.
+# 2. Runtime: process group, device, signals, log, checkpoints. World size 1 is the same without communication.
 # ----------------------------------------------------------------------------------------------------------
 class Runtime:
-    """Rank, device and collectives of this process; a context manager that joins and leaves the group."""
+    """Rank, device, collectives and signals of this process; a context manager that joins and leaves the group."""
+
+    TIMEOUT = datetime.timedelta(minutes=15)  # longer than whatever rank 0 does while the others wait
+    GRACE_S = 25  # torchrun kills 30 s after its signal
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, config: Config, environ: Mapping[str, str]):
         self.rank = _parse("RANK", environ.get("RANK", "0"), int)
         self.local_rank = _parse("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
         self.world_size = _parse("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
+        self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.device = self._pick_device(config.device)
         self.control_group: Any = None
+        self.signal, self.signalled_at = 0, 0.0
+        self.former_handlers: list[Any] = []
+
+    @staticmethod
+    def label(environ: Mapping[str, str]) -> str:
+        """Which rank an error is of, where there are several."""
+        return f"rank {environ.get('RANK')}: " if environ.get("WORLD_SIZE", "1") != "1" else ""
 
     def _pick_device(self, choice: str) -> torch.device:
         available = torch.cuda.is_available()
@@ -429,17 +470,47 @@ class Runtime:
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
-            dist.init_process_group(backend, device_id=device_id)
+            # torchrun may keep its store over a restart, with the addresses of processes that are gone.
+            store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.TIMEOUT))[0])
+            place = dict(store=store, rank=self.rank, world_size=self.world_size)
+            dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
             # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
             self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+        self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        if self.world_size > 1:
-            if exc_info[0] is None:
-                dist.barrier()  # no rank leaves while another still uses the connection
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        for number, handler in zip(self.SIGNALS, self.former_handlers):
+            signal.signal(number, handler)
+        if self.world_size > 1 and error is None:
+            dist.barrier()  # no rank leaves while another still uses the connection
             self.control_group = None
             dist.destroy_process_group()
+        elif self.world_size > 1 and not isinstance(error, (UserError, Stopped)):
+            # Ranks that wait for this one go on only when its process is gone, so it does not wait for them.
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                sys.stderr.write(f"rank {self.rank} stops: another rank has ended\n")
+            else:
+                traceback.print_exception(kind, error, trace)
+                sys.stderr.write(f"error: rank {self.rank}: {type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        """Ask for a stop at the next boundary; a second signal ends the process at once.
+
+        A launcher passes on what the system has sent to every process already: there only a signal a second later
+        is a second one, and a rank that cannot stop, since another is gone, is ended by its alarm.
+        """
+        if self.world_size == 1:
+            for each in self.SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+        elif not self.signal:
+            signal.alarm(self.GRACE_S)
+        elif time.monotonic() > self.signalled_at + 1:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.signalled_at = number, time.monotonic()
 
     @property
     def is_main(self) -> bool:
@@ -467,6 +538,23 @@ class Runtime:
         carrier = torch.tensor(values, dtype=torch.float64)
         dist.broadcast(carrier, src=0, group=self.control_group)
         return carrier.tolist()
+
+    def agree(self, from_main: float, *largest: float) -> list[float]:
+        """Rank 0's first number and the largest over all ranks of each further one, on every rank."""
+        if self.world_size == 1:
+            return [from_main, *largest]
+        carrier = torch.tensor([from_main if self.is_main else -math.inf, *largest], dtype=torch.float64)
+        dist.all_reduce(carrier, dist.ReduceOp.MAX, group=self.control_group)
+        return carrier.tolist()
+
+    def bytes_from_main(self, content: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        size = int(self.from_main(len(content))[0])
+        if self.world_size == 1 or size == 0:
+            return content
+        carrier = torch.frombuffer(bytearray(content or size), dtype=torch.uint8)
+        dist.broadcast(carrier, src=0, group=self.control_group)
+        return carrier.numpy().tobytes()
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of range(count)."""
@@ -526,7 +614,7 @@ class RunLog:
     def __init__(self, config: Config, runtime: Runtime):
         self.active = runtime.is_main
         self.bar_width = 0
-        self.failed = False
+        self.failed: set[str] = set()  # files that could not be written
         if not self.active:
             return
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -534,30 +622,38 @@ class RunLog:
         folder = Path(config.out_dir) / "logs"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.text_file = (folder / f"{self.run_id}.txt").open("w", encoding="utf-8")
-            self.json_file = (folder / f"{self.run_id}.jsonl").open("w", encoding="utf-8")
+            self.text_file = self._open(folder / f"{self.run_id}.txt", bool(config.resume))
+            self.json_file = self._open(folder / f"{self.run_id}.jsonl", bool(config.resume))
         except OSError as error:
             raise ConfigError(f"cannot write logs to {folder} (OUT_DIR, RUN_ID): {error.strerror}") from error
-        sources = [f"===== {path.name} =====\n{path.read_text(encoding='utf-8')}\n" for path in code_paths()]
-        self._write(self.text_file, "".join([*sources, "===== log =====\n"]))
+        if not (folder / f"{self.run_id}.txt").stat().st_size:
+            sources = [f"===== {path.name} =====\n{path.read_text(encoding='utf-8')}\n" for path in code_paths()]
+            self._write(self.text_file, "".join([*sources, "===== log =====\n"]))
+
+    @staticmethod
+    def _open(path: Path, resumed: bool) -> TextIO:
+        """A new file; a resumed run goes on with its old one, but for a line that a killed process left unfinished."""
+        if resumed and path.is_file():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        return path.open("a" if resumed else "w", encoding="utf-8")
 
     def line(self, text: str) -> None:
         """Text for people alone."""
         if not self.active:
             return
         self._clear_bar()
-        print(text, flush=True)  # noqa: T201 (the console is this log's first half)
-        self._write(self.text_file, text + "\n")
+        for file in (sys.stdout, self.text_file):
+            self._write(file, text + "\n")
 
     def _write(self, file: TextIO, text: str) -> None:
-        """A log that cannot be written must not cost the run: say so once and go on."""
+        """A log that cannot be written, console included, must not cost the run: say so once and go on."""
         try:
             file.write(text)
             file.flush()
         except OSError as error:
-            if not self.failed:
+            if file.name not in self.failed:
                 sys.stderr.write(f"warning: cannot write the log {file.name}: {error.strerror}; the run goes on\n")
-            self.failed = True
+            self.failed.add(file.name)
 
     def row(self, event: str, note: str = "", text: str = "", **fields: Any) -> None:
         """One event: `event key:value … note` (or `text`) for people, the same numbers as JSON for machines.
@@ -616,6 +712,163 @@ def code_bytes() -> int:
     return sum(path.stat().st_size for path in code_paths())
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never seen in part, nor lost once it is there. Raises OSError."""
+    temporary = path.with_name(path.name.partition("_step")[0] + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # what a checkpoint holds: tensors on the CPU, and JSON
+BLANK_DIGEST = "0" * 64
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what reading odd JSON and odd tensors can raise
+
+
+def pack_state(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    """safetensors with one metadata entry; in it the SHA-256 of the whole, taken with zeros in its place."""
+    fields = json.dumps({"sha256": BLANK_DIGEST, **meta})
+    content: bytes = require("safetensors.torch", "a checkpoint").save(dict(tensors), {"train_gpt": fields})
+    return content.replace(BLANK_DIGEST.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+
+
+def unpack_state(content: bytes, source: object) -> State:
+    """Raises CheckpointError, naming the source, when any byte is missing or altered."""
+    safetensors = require("safetensors.torch", "a checkpoint")
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        meta = json.loads(header["__metadata__"]["train_gpt"])
+        digest = meta.pop("sha256")
+        blank = content.replace(digest.encode(), BLANK_DIGEST.encode(), 1)
+        if hashlib.sha256(blank).hexdigest() != digest:
+            raise ValueError("the checksum differs")
+        return safetensors.load(content), meta
+    except (*MALFORMED, RecursionError, importlib.import_module("safetensors").SafetensorError):
+        raise CheckpointError(f"{source} is torn, altered or no checkpoint of this project") from None
+
+
+def snapshot(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that later steps leave alone, under names with a prefix."""
+    return {prefix + name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {str(index): tensor for index, tensor in enumerate(tensors)}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Its state by `<index of the parameter>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Checkpoints:
+    """The checkpoints in OUT_DIR/checkpoints, written by a thread of rank 0; what cannot be written is reported.
+
+    Training leaves `NNNNNN_stepS.safetensors`, numbered in the order of writing, the newest CHECKPOINT_KEEP of them.
+    """
+
+    EVALUATION = "evaluation.safetensors"
+
+    def __init__(self, config: Config, runtime: Runtime, log: RunLog):
+        self.config, self.runtime, self.log = config, runtime, log
+        self.folder = Path(config.out_dir) / "checkpoints"
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+        self.cost: dict[str, Any] = {}
+        self.newest = ""  # path of the last one that is whole
+
+    def numbered(self) -> list[tuple[int, Path]]:
+        """Training's files in the order in which they were written."""
+        matches = ((re.fullmatch(r"(\d+)_step\d+\.safetensors", path.name), path) for path in self.folder.glob("*"))
+        return sorted((int(match[1]), path) for match, path in matches if match)
+
+    def save(self, tensors: Mapping[str, Tensor], meta: dict[str, Any], stall_s: float) -> None:
+        """Begin to write, once the file before is written; `stall_s` is what the caller waited for its snapshot."""
+        self.finish()
+        meta = json.loads(json.dumps(meta))  # as it is now: the run goes on while the thread writes
+        number = 1 + max((number for number, _ in self.numbered()), default=0)
+        name = f"{number:06d}_step{meta['step']}.safetensors" if "step" in meta else self.EVALUATION
+        self.cost = dict(stall_ms=1000 * stall_s, file=str(self.folder / name))
+        self.pending = self.writer.submit(self._write, self.folder / name, tensors, meta)
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        content = pack_state(tensors, meta)
+        write_whole(path, content)
+        for _, old in self.numbered()[: -self.config.checkpoint_keep]:
+            old.unlink()
+        self.cost |= dict(bytes=len(content), write_s=time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Wait for what is being written, and log what it cost."""
+        if self.pending is None:
+            return
+        try:
+            self.pending.result()
+        except OSError as error:
+            self.log.row("checkpoint_failed", f"{error.strerror}: free space, or set OUT_DIR", file=self.cost["file"])
+        else:
+            self.newest = self.cost["file"]
+            self.log.row("checkpoint", **self.cost)
+        self.pending = None
+
+    def read(self, path: Path) -> bytes:
+        """The bytes of a whole checkpoint. Raises CheckpointError."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read the checkpoint {path} (RESUME): {error.strerror}") from error
+        unpack_state(content, path)
+        return content
+
+    def find(self, candidates: Iterable[Path]) -> State | None:
+        """The first whole one of the files, on every rank. Raises CheckpointError when the one RESUME names is none."""
+        content = b""
+        for path in candidates if self.runtime.is_main else ():
+            try:
+                content, self.newest = self.read(path), str(path)
+                break
+            except CheckpointError as error:
+                if str(path) == self.config.resume:
+                    raise
+                self.log.row("checkpoint_skipped", str(error))
+        content = self.runtime.bytes_from_main(content)
+        return unpack_state(content, self.newest) if content else None
+
+    def stop(self, number: int, **where: Any) -> None:
+        """Finish writing, say where the run stands, and raise Stopped."""
+        self.finish()
+        self.runtime.from_main(0.0)  # a launcher ends the others when the first rank leaves
+        note = "RESUME=auto goes on from there"
+        self.log.row("stopped", note, signal=signal.Signals(number).name, **where, checkpoint=self.newest or "none")
+        raise Stopped(number)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # 3. Data: shards on disk, batches for training, the validation stream with its byte counts.
 # ----------------------------------------------------------------------------------------------------------
@@ -661,6 +914,14 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> Non
         )
 
 
+def shard_identity(path: Path) -> list[Any]:
+    """Name, bytes and a checksum of both ends, by which a changed shard is recognised. Raises OSError."""
+    with path.open("rb") as file:
+        head, size = file.read(2**16), file.seek(0, os.SEEK_END)
+        file.seek(max(size - 2**16, 0))
+        return [path.name, size, zlib.crc32(file.read(), zlib.crc32(head))]
+
+
 class TokenStream:
     """All shards of a split as one endless sequence of tokens; a read past the end begins again."""
 
@@ -672,6 +933,8 @@ class TokenStream:
         for path, shard in zip(self.paths, self.shards):
             check_vocabulary(shard[: self.CHECKED_AT_OPEN], vocab_size, path)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.identity = [shard_identity(path) for path in self.paths]
+        self.modified_ns = [path.stat().st_mtime_ns for path in self.paths]
         if len(self) < 2:
             raise DataError(f"the train split in {self.paths[0].parent} is empty: {len(self)} tokens of 2")
 
@@ -686,11 +949,23 @@ class TokenStream:
             position = (start + filled) % len(self)
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - (int(self.ends[index]) - len(self.shards[index]))
-            piece = self.shards[index][offset : offset + count - filled]
+            piece = self._piece(index, offset, min(count - filled, int(self.ends[index]) - position))
             check_vocabulary(piece, self.vocab_size, self.paths[index])
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
         return out
+
+    def _piece(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Read, not mapped: touching the map of a file that has shrunk ends the process without a word."""
+        path = self.paths[index]
+        try:
+            same = path.stat().st_mtime_ns == self.modified_ns[index] or shard_identity(path) == self.identity[index]
+            piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        except OSError as error:
+            raise DataError(f"cannot read the shard {path} any more: {error.strerror}") from error
+        if not same or len(piece) < count:
+            raise DataError(f"{path} has changed during the run; restore it, then RESUME=auto goes on")
+        return piece
 
 
 class BatchPlan(NamedTuple):
@@ -1367,6 +1642,21 @@ class BankShard:
         self.own_grad = torch.zeros_like(self.own_values) if runtime.world_size > 1 else self.grads
         self.momentum = torch.zeros_like(self.own_values)
         self.lr_ratio = max(1.0, parameter.size(-2) / parameter.size(-1)) ** 0.5
+        self.rows, self.first = rows, first
+
+    def whole_momentum(self, runtime: Runtime) -> Tensor:
+        """The momentum of every rank, without padding, shape of the parameter."""
+        if runtime.world_size == 1:
+            return self.momentum
+        whole = torch.empty_like(self.values)
+        work = runtime.all_gather(whole, self.momentum)
+        if work is not None:
+            work.wait()
+        return whole[: self.rows]
+
+    def load_momentum(self, whole: Tensor) -> None:
+        own = whole[self.first : self.first + self.per_rank]
+        self.momentum[: len(own)] = own.to(self.momentum.device)
 
 
 class Muon:
@@ -1389,14 +1679,16 @@ class Muon:
         return [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in self.shards]
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float) -> None:
+    def step(self, lr: float, momentum: float, finite: Tensor) -> None:
         gathers: list[dist.Work | None] = []
         for shard in self.shards:
-            shard.momentum.mul_(momentum).add_(shard.own_grad)
-            nesterov = shard.own_grad.add(shard.momentum, alpha=momentum)
+            momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
+            shard.momentum = torch.where(finite, momentum_now, shard.momentum)
+            nesterov = shard.own_grad.add(momentum_now, alpha=momentum)
             update = self.newton_schulz(nesterov.to(self.dtype), self.config.muon_steps)
             updated = shard.own_values * (1 - lr * self.config.muon_wd)
             updated.add_(update.to(updated.dtype), alpha=-lr * shard.lr_ratio)
+            updated = torch.where(finite, updated, shard.own_values)
             if self.runtime.world_size == 1:
                 shard.own_values.copy_(updated)
             else:
@@ -1430,6 +1722,7 @@ class Optimizers:
         self.muon = Muon([parameters[name] for name in banks], config, runtime, compiled)
         self.flat_grad = flatten_gradients([parameters[name] for name in rest])
         self.adamw = self._build_adamw({name: parameters[name] for name in rest}, roles)
+        self.skipped = torch.zeros(2, device=self.flat_grad.device)  # updates left out: in a row, in all
 
     def _build_adamw(self, parameters: Mapping[str, nn.Parameter], roles: Mapping[str, str]) -> torch.optim.AdamW:
         groups: dict[OptimizerRule, list[nn.Parameter]] = {}
@@ -1446,7 +1739,8 @@ class Optimizers:
     def step(self, lr_scale: float, muon_momentum: float, clip_norm: float) -> Tensor:
         """Average gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
 
-        The clip needs every gradient first, so AdamW cannot begin while the banks are still being reduced.
+        The clip needs every gradient first, so AdamW cannot begin while the banks are still being reduced. A norm that
+        is not finite leaves weights and optimizers as they are, on every rank alike and without asking the host.
         """
         pending = self.muon.reduce_gradients()
         self.runtime.all_reduce_sum(self.flat_grad)
@@ -1456,13 +1750,16 @@ class Optimizers:
         own = [shard.own_grad for shard in self.muon.shards]
         bank_square = torch.stack([grad.square().sum() for grad in own]).sum()
         norm = (self.runtime.all_reduce_sum(bank_square) + self.flat_grad.square().sum()).sqrt()
+        finite = torch.isfinite(norm)
+        self.skipped = torch.where(finite, self.skipped.new_tensor([0.0, 1.0]) * self.skipped, self.skipped + 1)
         if clip_norm > 0:
             coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for grad in (*own, self.flat_grad):
                 grad.mul_(coefficient)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        self.muon.step(self.config.matrix_lr * lr_scale, muon_momentum)
+        self.muon.step(self.config.matrix_lr * lr_scale, muon_momentum, finite)
+        self.adamw.found_inf = (~finite).float()  # the fused kernel's own switch, which gradient scalers use
         self.adamw.step()
         return norm
 
@@ -1476,6 +1773,7 @@ class Optimizers:
         for shard in self.muon.shards:
             shard.momentum.zero_()
         self.adamw.state.clear()
+        self.skipped.zero_()
 
 
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
@@ -1557,14 +1855,46 @@ class Clock:
     def _now(self) -> float:
         return self.total_s + (time.perf_counter() - self.started_at if self.started_at is not None else 0.0)
 
-    def agreed_s(self) -> float:
-        """Rank 0's training time in seconds, the same on every rank."""
-        return self.runtime.from_main(self._now())[0]
+    def agreed(self, *largest: float) -> list[float]:
+        """Rank 0's training time in seconds and the largest of each further number, the same on every rank."""
+        return self.runtime.agree(self._now(), *largest)
+
+
+@dataclass
+class Health:
+    """Watches every step's loss and the updates left out; `problem` says when going on makes no sense."""
+
+    MAX_SKIPPED_IN_A_ROW = 5
+    MAX_LOST_STEPS = 200
+
+    skipped_in_a_row: int = 0
+    skipped: int = 0
+    smoothed: float = 0.0  # mean loss over about 50 steps, nats
+    best: float = math.inf
+    lost_steps: int = 0  # so many in a row undid half of what was learned, against a uniform guess
+
+    def observe(self, in_a_row: float, skipped: float, loss: float, vocab_size: int) -> None:
+        """Take in one step; a loss of 0 stands for one that was not finite, or for no step yet."""
+        self.skipped_in_a_row, self.skipped = int(in_a_row), int(skipped)
+        if loss > 0:
+            self.smoothed = loss if self.best == math.inf else 0.98 * self.smoothed + 0.02 * loss
+            self.best = min(self.best, self.smoothed)
+            limit = self.best + max(1.0, (math.log(vocab_size) - self.best) / 2)
+            self.lost_steps = self.lost_steps + 1 if self.smoothed > limit else 0
+
+    def problem(self) -> str:
+        if self.skipped_in_a_row >= self.MAX_SKIPPED_IN_A_ROW:
+            return f"{self.skipped_in_a_row} updates in a row had gradients that are not finite"
+        if self.lost_steps >= self.MAX_LOST_STEPS:
+            return f"the loss was {self.best:.3f} and has been about {self.smoothed:.3f} for {self.lost_steps} steps"
+        return ""
 
 
 @dataclass
 class Trainer:
     """One training run: model, data and optimizers, and what changes from step to step."""
+
+    SETTLED_S = 3.0
 
     config: Config
     runtime: Runtime
@@ -1573,8 +1903,12 @@ class Trainer:
     loader: TokenLoader
     validation: ValidationSet
     importance: Tensor | None = None  # (V,) of the knowledge graph, 0 for tokens outside it
+    checkpoints: Checkpoints | None = None
+    identity: dict[str, Any] = field(default_factory=dict)  # of data and tokenizer: what a resumed run must have too
     step: int = 0
     elapsed_s: float = 0.0
+    saved_at_s: float = 0.0
+    health: Health = field(default_factory=Health)
     controls: Controls = field(init=False)
 
     def __post_init__(self) -> None:
@@ -1594,6 +1928,8 @@ class Trainer:
         self.crown_q = torch.compile(crown_q, dynamic=False, fullgraph=True) if self.compiled else crown_q
         self.train_loss = torch.zeros((), device=self.runtime.device)
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
+        # What the host may look at between steps: copied without waiting, so on CUDA it can be some steps old.
+        self.seen = torch.zeros(3, pin_memory=self.runtime.device.type == "cuda")
 
     def qat_due(self, lr_scale: float) -> bool:
         threshold = self.config.late_qat_threshold
@@ -1695,34 +2031,119 @@ class Trainer:
         for line in mesh.log_lines():
             self.log.line(line)
 
-    def train(self) -> None:
-        """Train until ITERATIONS or the wallclock cap, validating on the way and at the end."""
+    def save(self, finished: bool = False) -> None:
+        """Copy all that a resumed run needs to rank 0's memory; a thread writes it while training goes on."""
+        if self.checkpoints is None:
+            return
+        began = time.perf_counter()
+        self.saved_at_s = self.elapsed_s
+        momentum = [shard.whole_momentum(self.runtime) for shard in self.optimizers.muon.shards]
+        if not self.runtime.is_main:
+            return
+        tensors = snapshot("model.", self.model.state_dict()) | snapshot("muon.", dict(zip(BANK_NAMES, momentum)))
+        tensors |= snapshot("adamw.", optimizer_tensors(self.optimizers.adamw))
+        tensors |= snapshot("average.", numbered(self.average.shadow)) | {"rng": torch.get_rng_state()}
+        meta = dict(
+            step=self.step, elapsed_s=self.elapsed_s, finished=finished, controls=dataclasses.asdict(self.controls),
+            health=dataclasses.asdict(self.health), average_count=self.average.count, loss_history=self.loss_history,
+            swarm=None if self.swarm is None else self.swarm.state_dict(), world_size=self.runtime.world_size,
+            identity=self.identity, config=dataclasses.asdict(self.config),
+        )  # fmt: skip
+        self.checkpoints.save(tensors, meta, time.perf_counter() - began)
+
+    def restore(self, state: State, source: str) -> None:
+        """Stand where `save` stood, at any world size. Raises ConfigError, CheckpointError."""
+        tensors, meta = state
+        try:
+            self._check_same_run(meta, source)
+            self.model.load_state_dict(under("model.", tensors))
+            for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
+                shard.load_momentum(tensors[f"muon.{name}"])
+            load_optimizer_tensors(self.optimizers.adamw, under("adamw.", tensors))
+            for index, shadow in enumerate(self.average.shadow):
+                shadow.copy_(tensors[f"average.{index}"])
+            torch.set_rng_state(tensors["rng"])
+            self.controls, self.health = Controls(**meta["controls"]), Health(**meta["health"])
+            skipped = self.health.skipped_in_a_row, self.health.skipped
+            self.optimizers.skipped = self.optimizers.skipped.new_tensor(skipped)
+            self.step, self.average.count, self.loss_history = meta["step"], meta["average_count"], meta["loss_history"]
+            self.elapsed_s = self.saved_at_s = self.clock.total_s = meta["elapsed_s"]
+            if self.swarm is not None:
+                self.swarm.load_state_dict(meta["swarm"])
+        except (*MALFORMED, RuntimeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise CheckpointError(f"{source} has unexpected content ({type(error).__name__}: {error})") from error
+        self.log.row("resumed", step=self.step, **{"from": source}, **self._timing(), saved_by_ranks=meta["world_size"])
+
+    def _check_same_run(self, meta: Mapping[str, Any], source: str) -> None:
+        ours, theirs = (json.loads(json.dumps(fields)) for fields in (dataclasses.asdict(self.config), meta["config"]))
+        names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != theirs[name]]
+        odd = [f"{name.upper()}={theirs[name]} (now {ours[name]})" for name in names]
+        odd += [name for name, value in self.identity.items() if meta["identity"][name] != value]
+        if odd:
+            advice = "set them back, or RESUME= to train from the beginning"
+            raise ConfigError(f"{source} was trained with another {', '.join(odd)}; {advice}")
+
+    def look_around(self) -> int:
+        """Agree with all ranks on clock, health and signals; the signal to stop for, or 0. Raises TrainingError."""
+        left_s = self.config.max_wallclock_seconds - self.elapsed_s
+        if 0 < left_s < self.SETTLED_S:
+            self.runtime.synchronize()  # the last seconds are counted with the work that the device still has queued
+        before = self.health.skipped
+        self.elapsed_s, signalled, in_a_row, skipped, loss = self.clock.agreed(self.runtime.signal, *self.seen.tolist())
+        self.health.observe(in_a_row, skipped, loss, self.config.vocab_size)
+        if self.health.skipped > before:
+            self.log.row("update_skipped", "gradient not finite", step=self.step, in_all=self.health.skipped)
+        if problem := self.health.problem():
+            if self.checkpoints is not None:
+                self.checkpoints.finish()
+            last = self.checkpoints.newest if self.checkpoints is not None else ""
+            advice = f"the last good checkpoint is {last or 'none'}; lower MATRIX_LR or GRAD_CLIP_NORM"
+            raise TrainingError(f"{problem}, at step {self.step}: {advice}")
+        return int(signalled)
+
+    def train(self, state: State | None = None, source: str = "") -> None:
+        """Train until ITERATIONS or the wallclock cap, validating on the way and at the end; or go on from `state`."""
         config = self.config
-        self.warm_up()
-        if self.controls.qat:
+        finished = state is not None and state[1].get("finished", False)
+        if not finished:
+            self.warm_up()
+        if state is not None:
+            self.restore(state, source)
+        if finished:
+            return
+        if self.controls.qat and self.step == 0:
             self.log_qat(1.0)
         compiles = compile_count()
         self.clock.start()
         while True:
-            self.elapsed_s = self.clock.agreed_s()
+            signalled = self.look_around()
             capped = 0 < config.training_seconds <= self.elapsed_s
             last = self.step >= config.iterations or capped
             due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step > 0
             if last or due:
                 self.clock.pause()
+                self.elapsed_s = self.clock.agreed()[0]
                 before = compile_count()
                 self.validate()
                 compiles += compile_count() - before  # validation stands outside the timed window
-                self.clock.start()
             if last:
                 break
+            if due:
+                self.clock.start()
+            calm = self.health.skipped_in_a_row == self.health.lost_steps == 0
+            if signalled or (calm and 0 < config.checkpoint_seconds <= self.elapsed_s - self.saved_at_s):
+                self.save()
+            if signalled and self.checkpoints is not None:
+                self.checkpoints.stop(signalled, step=self.step)
             self.one_step()
-        self.clock.pause()
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
         self.log.row("compilations_in_timed_window", count=compile_count() - compiles)
         for line in self.swarm.summary() if self.swarm is not None else ():
             self.log.line(line)
+        self.save(finished=True)
 
     def one_step(self) -> None:
         """Decide, train, average, and log when due."""
@@ -1732,13 +2153,15 @@ class Trainer:
             self.controls.qat = True
             self.log_qat(lr_scale)
         grad_norm = self.train_step(self.step, lr_scale)
+        loss = self.train_loss.nan_to_num(0.0, 0.0, 0.0)
+        self.seen.copy_(torch.cat([self.optimizers.skipped, loss[None]]), non_blocking=True)
         self.step += 1
         self.average.update(self.step, lr_scale)
         if self.swarm is not None and self.swarm.due(self.step):
             self.vote(self.swarm, grad_norm, lr_scale)
         self.log.progress(self.step, config.iterations, f"{self.elapsed_s:.0f}s")
         if self.step <= 10 or self.step % config.train_log_every == 0:
-            self.elapsed_s = self.clock.agreed_s()
+            self.elapsed_s = self.clock.agreed()[0]
             self.log_step(grad_norm, lr_scale)
 
 
@@ -2156,17 +2579,9 @@ def save_artifact(
         share = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
         shown = {"payload": share, "entropy_bound": round(bound), "ratio": share / bound}
         log.row("packing", **shown, **dataclasses.asdict(options))
-    temporary = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(packed)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, packed)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         advice = "free space or set OUT_DIR"
         raise ArtifactError(f"cannot write the artifact {path}: {error.strerror}; {advice}") from error
     return len(packed)
@@ -2355,11 +2770,84 @@ class WindowScorer:
         return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy())
 
 
-def score_stream(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int) -> TokenScores:
+class Progress:
+    """How far an evaluation has come, kept in OUT_DIR/checkpoints/evaluation.safetensors while it lasts.
+
+    It holds the results of finished stages and, of the one that runs, the scores so far and what test-time training
+    has made of the model. `identity` says of what artifact, text, settings, code and world size.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, identity: str):
+        self.checkpoints, self.identity = checkpoints, identity
+        path = checkpoints.folder / checkpoints.EVALUATION
+        state = checkpoints.find([path] if checkpoints.config.resume and path.exists() else [])
+        self.tensors, meta = state if state is not None and state[1].get("identity") == identity else ({}, {})
+        self.results: list[list[float]] = meta.get("results", [])  # summed logp and seconds of each finished stage
+        self.pieces: int = meta.get("pieces", 0)
+        self.saved_at_s: float = meta.get("elapsed_s", 0.0)
+        self.began = time.perf_counter() - self.saved_at_s
+        if meta:
+            checkpoints.log.row("resumed_evaluation", stages=len(self.results), pieces=self.pieces)
+
+    def elapsed_s(self) -> float:
+        """Seconds of evaluation, those before a restart included."""
+        return time.perf_counter() - self.began
+
+    def resume(self, scorer: WindowScorer, trainer: TestTimeTrainer | None) -> list[list[np.ndarray]]:
+        """Put scorer and trainer where they stood; scores so far, in `pieces` pieces, of which all stand in one."""
+        tensors, self.tensors = self.tensors, {}
+        if not tensors:
+            self.pieces = 0
+            return []
+        if scorer.runtime.is_main:
+            scorer.sampled.copy_(tensors["sampled"])
+        if trainer is not None:
+            trainer.load_state(tensors)
+        return [[tensors["logp"].numpy(), tensors["entropy"].numpy()]]
+
+    def advance(self, scores: list[list[np.ndarray]], scorer: WindowScorer, trainer: TestTimeTrainer | None) -> None:
+        """After each piece: save when it is time, stop when a signal came."""
+        self.pieces += 1
+        runtime, every = scorer.runtime, self.checkpoints.config.checkpoint_seconds
+        now_s, signalled = runtime.agree(self.elapsed_s(), runtime.signal)
+        if signalled or 0 < every <= now_s - self.saved_at_s:
+            self.saved_at_s = now_s
+            columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*scores)]
+            columns.append(runtime.all_reduce_sum(scorer.sampled.clone()))
+            meta = dict(identity=self.identity, results=self.results, pieces=self.pieces, elapsed_s=now_s)
+            if runtime.is_main:
+                state = snapshot("", dict(zip(("logp", "entropy", "sampled"), columns)))
+                state |= trainer.state() if trainer is not None else {}
+                self.checkpoints.save(state, meta, self.elapsed_s() - now_s)
+        if signalled:
+            self.checkpoints.stop(int(signalled), stage=len(self.results) + 1, pieces=self.pieces)
+
+    def close(self) -> None:
+        """The evaluation is done: its file has served."""
+        self.checkpoints.finish()
+        with contextlib.suppress(OSError):
+            (self.checkpoints.folder / self.checkpoints.EVALUATION).unlink()
+            self.checkpoints.folder.rmdir()  # which fails where training has left something
+
+
+PIECE_BATCHES = 64  # batches a rank scores between two looks at signals and clock
+
+
+def score_stream(
+    model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int,
+    progress: Progress | None = None,
+) -> TokenScores:  # fmt: skip
     """The neural scores of the whole validation stream by a sliding window, complete on every rank."""
     windows = plan_windows(validation.num_targets, config.eval_seq_len, stride)
     scorer = WindowScorer(model, config, runtime, validation.tokens)
-    return scorer.finish(*scorer.score_all(windows))
+    size = PIECE_BATCHES * config.eval_batch_seqs * runtime.world_size
+    edges = [*range(0, len(windows.starts), size), len(windows.starts)]
+    scores = progress.resume(scorer, None) if progress is not None else []
+    for first, stop in itertools.pairwise(edges[progress.pieces if progress is not None else 0 :]):
+        scores.append(scorer.score_all(windows, first, stop))
+        if progress is not None:
+            progress.advance(scores, scorer, None)
+    return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
 
 
 class TestTimeTrainer:
@@ -2441,6 +2929,18 @@ class TestTimeTrainer:
         if self.polyak:
             torch._foreach_lerp_(self.polyak, self.trained, 1 - self.config.polyak_decay)
 
+    def state(self) -> dict[str, Tensor]:
+        """What training has changed so far, by name, on the CPU."""
+        tensors = snapshot("trained.", numbered(self.trained)) | snapshot("polyak.", numbered(self.polyak))
+        return tensors | snapshot("optimizer.", optimizer_tensors(self.optimizer))
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for prefix, targets in (("trained.", self.trained), ("polyak.", self.polyak)):
+            for index, target in enumerate(targets):
+                target.copy_(tensors[f"{prefix}{index}"])
+        load_optimizer_tensors(self.optimizer, under("optimizer.", tensors))
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the model holds the Polyak average, if there is one."""
@@ -2449,28 +2949,41 @@ class TestTimeTrainer:
             return
         current = [p.clone() for p in self.trained]
         torch._foreach_copy_(self.trained, self.polyak)
-        yield
-        torch._foreach_copy_(self.trained, current)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.trained, current)
 
 
-def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet) -> TokenScores:
+def score_then_adapt(
+    model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, progress: Progress | None = None
+) -> TokenScores:
     """Legal TTT: score a chunk, then train on it; the last chunk is never trained on. Leaves the model as it was."""
     saved = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
     scorer = WindowScorer(model, config, runtime, validation.tokens)
     scorer.temperature = config.ttt_temperature
-    trainer = TestTimeTrainer(model, config, runtime, validation)
     window_ends = np.cumsum(windows.tails)
     chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
-    scores: list[list[np.ndarray]] = []
-    for chunk, start in enumerate(chunk_starts):
-        stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
-        first, last = np.searchsorted(window_ends, (start, stop), side="right")
-        with trainer.averaged():
-            scores.append(scorer.score_all(windows, int(first), int(last)))
-        if stop < validation.num_targets:
-            trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
-    model.load_state_dict(saved)
+    try:
+        trainer = TestTimeTrainer(model, config, runtime, validation)
+        scores = progress.resume(scorer, trainer) if progress is not None else []
+        for chunk in range(progress.pieces if progress is not None else 0, len(chunk_starts)):
+            start = chunk_starts[chunk]
+            stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
+            first, last = np.searchsorted(window_ends, (start, stop), side="right")
+            with trainer.averaged():
+                scores.append(scorer.score_all(windows, int(first), int(last)))
+            if stop < validation.num_targets:
+                trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
+            if progress is not None:
+                progress.advance(scores, scorer, trainer)
+    finally:
+        model.load_state_dict(saved)
+        for parameter, requires_grad, grad in gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
     return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
 
 
@@ -2974,31 +3487,38 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
     return result
 
 
-def evaluate(model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet) -> Score:
+def evaluate(
+    model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, progress: Progress
+) -> Score:
     """Every evaluation stage of the recipe, each with its seconds; returns the last one's score."""
     sizes = f"final_{model.config.bits_label}"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
     stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
-        (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
-        (f"{sizes}_sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
+        (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len, progress), {}),
+        (f"{sizes}_sliding_window", lambda: score_stream(*arguments, stride, progress), {"stride": stride}),
     ]
     if config.ttt_enabled:
         shown = {"epochs": config.ttt_epochs, "chunk": config.ttt_chunk_tokens}
-        stages.append(("legal_ttt", lambda: score_then_adapt(*arguments), shown))
-    all_began, scores, result = time.perf_counter(), None, None
-    for name, stage, extra in stages:
-        began = time.perf_counter()
-        scores = stage()
-        result = summarize(scores, validation)
+        stages.append(("legal_ttt", lambda: score_then_adapt(*arguments, progress), shown))
+    scores, result = None, None
+    for index, (name, stage, extra) in enumerate(stages):
+        if index == len(progress.results):
+            scores = stage()
+            seconds = progress.elapsed_s() - sum(before for _, before in progress.results)
+            progress.results.append([float(scores.logp.sum(dtype=np.float64)), seconds])
+        total_logp, seconds = progress.results[index]
+        result = score_of(total_logp, validation)
         fields: dict[str, Any] = result.headline() | extra
-        log.row(name, validation.note, **fields, eval_time_ms=1000 * (time.perf_counter() - began))
+        log.row(name, validation.note, **fields, eval_time_ms=1000 * seconds)
         log.row(f"{name}_exact", validation.note, **fields)
     assert scores is not None
     assert result is not None
     mixer = make_mixer(config)
     if mixer is not None:
         result = log_mixed(mixer, scores, runtime, log, validation)
-    log.row("evaluation", total_s=time.perf_counter() - all_began, budget_s=STAGE_BUDGET_S)
+    log.row("evaluation", total_s=progress.elapsed_s(), budget_s=STAGE_BUDGET_S)
+    if runtime.is_main:
+        progress.close()
     return result
 
 
@@ -3025,10 +3545,20 @@ def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
     return importance
 
 
+def digest_of(*parts: Any) -> str:
+    """SHA-256 over files, arrays, tensors on the CPU, and text."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
+        total.update(content if isinstance(content, bytes) else content.tobytes())
+    return total.hexdigest()
+
+
 def train_artifact(
-    config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet
-) -> None:
-    """Train a model, average its weights and write the artifact."""
+    config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
+    checkpoints: Checkpoints,
+) -> None:  # fmt: skip
+    """Train a model, average its weights and write the artifact; from a checkpoint only what is missing of that."""
     backend, attend = choose_attention(config.attention, runtime.device)
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
@@ -3040,8 +3570,14 @@ def train_artifact(
     log.row("batch", tokens=config.train_batch_tokens, grad_accum_steps=loader.plan.grad_accum_steps)
     if importance is not None:
         importance = importance.to(runtime.device)
-    trainer = Trainer(config, runtime, log, model, loader, validation, importance)
-    trainer.train()
+    graph = "" if importance is None else digest_of(importance.cpu().numpy())
+    identity = {"tokenizer": tokenizer.digest, "knowledge_graph": graph, "train_shards": stream.identity}
+    trainer = Trainer(config, runtime, log, model, loader, validation, importance, checkpoints, identity)
+    candidates = [path for _, path in reversed(checkpoints.numbered())]
+    state = checkpoints.find(candidates if config.resume == "auto" else [Path(config.resume)] if config.resume else [])
+    if config.resume and state is None:
+        log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
+    trainer.train(state, checkpoints.newest)
     log.line(runtime.peak_memory_line())
     trainer.average.apply()
     began = time.perf_counter()
@@ -3049,14 +3585,30 @@ def train_artifact(
     average = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     seconds = time.perf_counter() - began
     log.row(f"DIAGNOSTIC {average}", validation.note, **result.headline(), eval_time_ms=1000 * seconds)
-    hessians = calibrate(trainer) if config.quantizer == "gptq" else None
+    write_artifact(trainer, tokenizer, checkpoints)
     loader.close()
+
+
+def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoints) -> None:
+    """Calibrate, quantize and pack what was trained, unless the run that goes on here has done so already."""
+    config, runtime, log = trainer.config, trainer.runtime, trainer.log
+    path, record = config.artifact_path, checkpoints.folder / "artifact.txt"
+    weights = [value.cpu().numpy() for value in trainer.model.state_dict().values()]
+    source, written = digest_of(*weights, config.portable().to_json(), *code_paths()), ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        written = record.read_text(encoding="utf-8")
+    checkpoints.finish()
+    reused = bool(runtime.from_main(path.is_file() and written == f"{source} {digest_of(path)}")[0])
+    hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
     if runtime.is_main:
         began = time.perf_counter()
-        size = save_artifact(model, tokenizer.digest, config.artifact_path, hessians, log)
-        shown = dict(quantizer="gptq" if hessians else "lite", artifact=str(config.artifact_path))
+        if not reused:
+            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+            with contextlib.suppress(OSError):
+                write_whole(record, f"{source} {digest_of(path)}".encode())
+        shown: dict[str, Any] = dict(quantizer="gptq" if hessians else "lite", artifact=str(path), reused=reused)
         log.row("quantization", time_s=time.perf_counter() - began, **shown)
-        log_ledger(log, size, f"{config.bits_label}+{config.compressor}")
+        log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
 
 
@@ -3071,15 +3623,19 @@ def run(config: Config, runtime: Runtime) -> Score:
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total_bytes)
     adaptive = config.ttt_enabled or config.mixer != "none"
     log.row("track:adaptive" if adaptive else "track:fixed_predictor")
+    checkpoints = Checkpoints(config, runtime, log)
     if not config.eval_only:
-        train_artifact(config, runtime, log, tokenizer, validation)
+        train_artifact(config, runtime, log, tokenizer, validation, checkpoints)
     _, attend = choose_attention(config.attention, runtime.device)
     model, _, metadata = load_artifact(config.artifact_path, attend)
     if metadata["tokenizer"] != tokenizer.digest:
         raise ArtifactError(f"{config.artifact_path} needs another tokenizer than {config.tokenizer_path}")
     if metadata["code"] != code_digest():
         log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
-    result = evaluate(model.to(runtime.device), config, runtime, log, validation)
+    settings = f"{config.portable().to_json()} {runtime.world_size}"
+    identity = digest_of(config.artifact_path, validation.tokens, validation.bytes, settings, *code_paths())
+    progress = Progress(checkpoints, identity)
+    result = evaluate(model.to(runtime.device), config, runtime, log, validation, progress)
     note = " ".join(filter(None, (validation.note, result.note)))
     log.row("final_int8_zlib_roundtrip_exact", note, **result.headline(), valid=result.valid)
     log.close()
@@ -3087,19 +3643,25 @@ def run(config: Config, runtime: Runtime) -> Score:
 
 
 def main() -> int:
-    """Run as the environment says; errors a user can mend end in one line and exit code 2."""
+    """Run as the environment says; errors a user can mend end in one line and exit code 2, signals in 128 + number."""
+    label = Runtime.label(os.environ)
     try:
         config = Config.from_env(os.environ)
         with Runtime(config, os.environ) as runtime:
             run(config, runtime)
+    except Stopped as stop:
+        return 128 + stop.args[0]
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        # What every rank finds is for rank 0 to say: its launcher then ends the others.
+        time.sleep(0.0 if label in ("", "rank 0: ") else 2.0)
+        sys.stderr.write(f"error: {label}{' '.join(str(error).split())}\n")
         return 2
     return 0
 
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a console that takes nothing more was already reported
+            stream.flush()
     os._exit(exit_code)  # gloo's threads can abort a process whose work is done while the interpreter is taken down

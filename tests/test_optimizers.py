@@ -79,7 +79,7 @@ def drive_muon(
     weights = []
     for grad in grads:
         grad_of(parameter).copy_(grad)
-        muon.step(lr, momentum)
+        muon.step(lr, momentum, torch.tensor(True))
         weights.append(parameter.detach().clone())
     return weights, muon.shards[0].momentum
 

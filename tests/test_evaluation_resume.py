@@ -1,0 +1,199 @@
+"""An evaluation that is interrupted goes on at its last finished piece, with the same result to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import Run, event, read_events, run_script, tiny_environ
+
+import train_gpt
+from test_resume import results
+from train_gpt import Checkpoints, Progress, TestTimeTrainer, WindowScorer
+
+STAGES = dict(TTT_CHUNK_TOKENS=200, TTT_EPOCHS=2, MIXER="backoff", EVAL_BATCH_SEQS=4, EVAL_ONLY=1, RESUME="auto")
+ADAMW = dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001, POLYAK_DECAY=0.9)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Pieces of eight windows, so that the tiny split has several in every stage."""
+    monkeypatch.setattr(train_gpt, "PIECE_BATCHES", 2)
+
+
+class Interruption(BaseException):
+    """Stands for a kill: nothing handles it."""
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Every piece that is scored is noted."""
+    noted: list[int] = []
+    score_all = WindowScorer.score_all
+
+    def counted(scorer: WindowScorer, *arguments: Any) -> Any:
+        noted.append(len(noted))
+        return score_all(scorer, *arguments)
+
+    monkeypatch.setattr(WindowScorer, "score_all", counted)
+    return noted
+
+
+def interrupt_after(monkeypatch, pieces: int, how: str) -> None:
+    """Kill or signal when so many pieces of the evaluation are done."""
+    advance, done = Progress.advance, []
+
+    def counted(progress: Progress, *arguments: Any) -> None:
+        done.append(1)
+        if len(done) == pieces and how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        advance(progress, *arguments)
+        if len(done) == pieces and how == "kill":
+            progress.checkpoints.finish()
+            raise Interruption
+
+    monkeypatch.setattr(Progress, "advance", counted)
+
+
+def stages(environ: dict[str, str]) -> dict[str, Any]:
+    rows = read_events(Path(environ["OUT_DIR"]) / "logs" / "run.jsonl")
+    return {row["event"]: (row["val_loss"], row.get("mass")) for row in rows if "val_loss" in row}
+
+
+# 35 windows without overlap are 5 pieces of 8, 135 of stride 8 are 17, 6 chunks of TTT follow.
+@pytest.mark.parametrize("pieces", [1, 5, 12, 22, 23, 26, 28])
+@pytest.mark.parametrize(("how", "options"), [("kill", {}), ("signal", ADAMW)])
+def test_interrupted_evaluation(tiny_run: Run, tiny_data, run_main, tmp_path, monkeypatch, calls, how, options, pieces):
+    settings = STAGES | options | dict(ARTIFACT=tiny_run.artifact)
+    whole = tiny_environ(tiny_data, tmp_path / "whole", **settings)
+    assert run_main(whole).returncode == 0
+    total = len(calls)
+    assert total == 5 + 17 + 6
+    calls.clear()
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, pieces, how)
+        environ = tiny_environ(tiny_data, tmp_path / "cut", **settings, CHECKPOINT_SECONDS=1e-9)
+        if how == "kill":
+            with pytest.raises(Interruption):
+                run_main(environ)
+        else:
+            outcome = run_main(environ)
+            assert (outcome.returncode, outcome.stderr) == (143, "")
+            assert f"pieces:{pieces if pieces <= 5 else pieces - 5 if pieces <= 22 else pieces - 22} " in outcome.stdout
+    assert len(calls) == pieces
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    assert len(calls) == total  # nothing was scored twice
+    assert stages(environ) == stages(whole)
+    assert [path.name for path in Path(environ["OUT_DIR"]).iterdir()] == ["logs"]  # what served is gone
+
+
+@pytest.mark.parametrize(
+    "change", [dict(TTT_LR=0.003), dict(EVAL_STRIDE=16), dict(VAL_TOKENS=900), "artifact", "torn", "fresh"], ids=str
+)
+def test_progress_of_another_evaluation_is_not_used(tiny_run, tiny_data, run_main, tmp_path, monkeypatch, change):
+    artifact = tmp_path / "model.ptz"
+    artifact.write_bytes(tiny_run.artifact.read_bytes())
+    settings = STAGES | dict(ARTIFACT=artifact, CHECKPOINT_SECONDS=1e-9)
+    environ = tiny_environ(tiny_data, tmp_path / "cut", **settings)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 25, "signal")
+        assert run_main(environ).returncode == 143
+    progress = tmp_path / "cut" / "checkpoints" / Checkpoints.EVALUATION
+    if change == "artifact":
+        model, _, metadata = train_gpt.load_artifact(artifact)
+        with torch.no_grad():
+            model.smear.gate += 1
+        train_gpt.save_artifact(model, metadata["tokenizer"], artifact)
+    elif change == "torn":
+        progress.write_bytes(progress.read_bytes()[:-1])
+    changed = settings | (change if isinstance(change, dict) else {}) | ({"RESUME": ""} if change == "fresh" else {})
+    environ, plain = (tiny_environ(tiny_data, tmp_path / name, **changed) for name in ("cut", "plain"))
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "resumed_evaluation" not in outcome.stdout
+    assert run_main(plain).returncode == 0
+    assert stages(plain).items() <= stages(environ).items()
+
+
+def test_time_before_a_restart_counts(tiny_run, tiny_data, run_main, tmp_path, monkeypatch):
+    environ = tiny_environ(tiny_data, tmp_path, **STAGES, ARTIFACT=tiny_run.artifact)
+    elapsed = Progress.elapsed_s
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 25, "signal")
+        patch.setattr(Progress, "elapsed_s", lambda progress: 1000 * (len(progress.results) + 1) + elapsed(progress))
+        assert run_main(environ).returncode == 143
+    assert run_main(environ).returncode == 0
+    rows = read_events(tmp_path / "logs" / "run.jsonl")
+    assert event(rows, "evaluation")["total_s"] > 3000
+    assert [row["eval_time_ms"] // 1e6 for row in rows if row["event"] == "legal_ttt"] == [1]
+
+
+def test_a_whole_run_killed_in_evaluation_neither_trains_nor_quantizes_again(
+    tiny_data, run_main, tmp_path, monkeypatch
+):
+    settings = dict(ITERATIONS=4, TTT_CHUNK_TOKENS=200, EVAL_BATCH_SEQS=4, RESUME="auto", CHECKPOINT_SECONDS=1e-9)
+    whole, cut = (tiny_environ(tiny_data, tmp_path / name, **settings) for name in ("whole", "cut"))
+    assert run_main(whole).returncode == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 25, "signal")
+        assert run_main(cut).returncode == 143
+    outcome = run_main(cut)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "train_loss" not in outcome.stdout
+    assert "reused:True" in outcome.stdout
+    assert "resumed_evaluation stages:2 pieces:3" in outcome.stdout
+    assert stages(cut) == stages(whole)
+
+
+# ---- TTT leaves the model as it was, whatever happens ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["", "train_on", "score_all"])
+def test_ttt_restores_weights_gradients_and_flags(monkeypatch, fails):
+    from test_ttt import CONFIG, STREAM, lively_model
+
+    model = lively_model()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 > 0)
+        parameter.grad = torch.full_like(parameter, index) if index % 2 else None
+    before = [(p.detach().clone(), p.requires_grad, p.grad) for p in model.parameters()]
+    config = train_gpt.dataclasses.replace(CONFIG, polyak_decay=0.9)
+    runtime = train_gpt.Runtime(config, {})
+    if fails:
+        owner = TestTimeTrainer if fails == "train_on" else WindowScorer
+        original, count = getattr(owner, fails), []
+
+        def failing(*arguments: Any) -> Any:
+            count.append(1)
+            if len(count) == 2:
+                raise Interruption
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, fails, failing)
+        with pytest.raises(Interruption):
+            train_gpt.score_then_adapt(model, config, runtime, STREAM)
+    else:
+        train_gpt.score_then_adapt(model, config, runtime, STREAM)
+    for (value, flag, grad), parameter in zip(before, model.parameters()):
+        assert torch.equal(value, parameter)
+        assert flag == parameter.requires_grad
+        assert grad is parameter.grad
+
+
+def test_polyak_averaged_weights_are_taken_back_after_an_error():
+    from test_ttt import trainer_of
+
+    trainer = trainer_of(polyak_decay=0.9)
+    trainer.polyak[0].add_(1)
+    before = [tensor.clone() for tensor in trainer.trained]
+    with pytest.raises(Interruption), trainer.averaged():
+        assert not torch.equal(trainer.trained[0], before[0])
+        raise Interruption
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.trained))

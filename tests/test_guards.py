@@ -1,0 +1,305 @@
+"""Bad numbers, full disks, vanishing files, jumping clocks: what stops a run, what does not, and what it says."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden_support import make_trainer, tiny_config
+from support import SCRIPT, event, events_of, read_events, run_script, tiny_environ, train_rows, write_shard
+
+import train_gpt
+from train_gpt import Health, Trainer
+
+
+def one_error(outcome: Any, *mentioned: object) -> None:
+    assert outcome.returncode == 2, outcome.stderr or outcome.stdout
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert "Traceback" not in outcome.stdout
+    for text in mentioned:
+        assert str(text) in outcome.stderr
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    tensors = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    tensors |= {f"momentum {i}": shard.momentum.clone() for i, shard in enumerate(trainer.optimizers.muon.shards)}
+    return tensors | {k: v.clone() for k, v in train_gpt.optimizer_tensors(trainer.optimizers.adamw).items()}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    config = tiny_config()
+    trainer, plain = (make_trainer(train_gpt.GPT(config), config) for _ in range(2))
+    losses = trainer.losses
+    for each in (trainer, plain):
+        each.train_step(0, 1.0)
+    before = state_of(trainer)
+    trainer.losses = lambda *a: tuple(loss * bad for loss in losses(*a))
+    assert not math.isfinite(trainer.train_step(1, 1.0))
+    after = state_of(trainer)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert trainer.optimizers.skipped.tolist() == [1, 1]
+    trainer.train_step(1, 1.0)
+    assert trainer.optimizers.skipped.tolist() == [2, 2]
+    trainer.losses = losses
+    for each in (trainer, plain):
+        each.train_step(1, 1.0)
+    assert trainer.optimizers.skipped.tolist() == [0, 2]
+    expected = state_of(plain)  # as if the bad steps had never been
+    assert [name for name, value in state_of(trainer).items() if not torch.equal(value, expected[name])] == []
+
+
+def poison(monkeypatch, steps: range) -> None:
+    """Make the losses of these steps NaN."""
+    train_step = Trainer.train_step
+
+    def poisoned(trainer: Trainer, step: int, lr_scale: float) -> torch.Tensor:
+        losses = trainer.losses
+        if step in steps:
+            trainer.losses = lambda *a: tuple(loss * math.nan for loss in losses(*a))
+        try:
+            return train_step(trainer, step, lr_scale)
+        finally:
+            trainer.losses = losses
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+
+
+def test_skipped_updates_are_counted_and_logged(tiny_data, run_main, tmp_path, monkeypatch):
+    poison(monkeypatch, range(4, 8))
+    environ = tiny_environ(tiny_data, tmp_path, TTT_ENABLED=0, CHECKPOINT_SECONDS=1e-9, CHECKPOINT_KEEP=99)
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = [row for row in events_of(environ) if row["event"] == "update_skipped"]
+    assert [(row["step"], row["in_all"]) for row in rows] == [(5, 1), (6, 2), (7, 3), (8, 4)]
+    steps = {int(path.stem.partition("_step")[2]) for path in (tmp_path / "checkpoints").glob("*_step*")}
+    assert steps == set(range(21)) - {5, 6, 7, 8}  # nothing is saved while something is wrong
+    assert math.isfinite(event(events_of(environ), "final_int8_zlib_roundtrip_exact")["val_bpb"])
+
+
+def test_updates_skipped_in_a_row_end_the_run_and_name_the_last_checkpoint(tiny_data, run_main, tmp_path, monkeypatch):
+    poison(monkeypatch, range(6, 99))
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9))
+    one_error(outcome, "5 updates in a row", "at step 11", f"{tmp_path}/checkpoints/000007_step6.safetensors")
+    assert not (tmp_path / "final_model.int6.ptz").exists()
+
+
+def test_a_loss_that_ran_away_ends_the_run(tiny_data, run_main, tmp_path, monkeypatch):
+    train_step = Trainer.train_step
+
+    def diverged(trainer: Trainer, step: int, lr_scale: float) -> torch.Tensor:
+        norm = train_step(trainer, step, lr_scale)
+        trainer.train_loss = trainer.train_loss + (30 if step >= 8 else 0)
+        return norm
+
+    monkeypatch.setattr(Trainer, "train_step", diverged)
+    monkeypatch.setattr(Health, "MAX_LOST_STEPS", 5)
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9))
+    one_error(outcome, "the loss was", "for 5 steps", "checkpoints/000")
+    newest = max(int(path.stem.partition("_step")[2]) for path in (tmp_path / "checkpoints").glob("*_step*"))
+    assert 8 <= newest < 12
+
+
+def losses_seen(losses: Any, vocab_size: int = 1024) -> Health:
+    health = Health()
+    for loss in losses:
+        health.observe(0, 0, loss, vocab_size)
+        if health.problem():
+            break
+    return health
+
+
+def test_health_of_losses():
+    """No alarm for noise, a spike, a poor start, or text of another kind; one for a loss that stays lost."""
+    source = np.random.default_rng(0)
+    falling = 2.5 + 4.4 * np.exp(-np.arange(2000) / 300)
+    noisy = falling + 0.7 * source.standard_normal(2000)
+    spike = falling.copy()
+    spike[500:560] = 12
+    warm = np.concatenate([np.linspace(6.93, 8.5, 150), np.linspace(8.5, 3, 500)])
+    other_text = np.concatenate([np.full(500, 1.2), np.full(3000, 2.8)])
+    missing = np.where(np.arange(2000) % 7 == 0, 0.0, falling)
+    for name, losses in dict(noisy=noisy, spike=spike, warm=warm, other_text=other_text, missing=missing).items():
+        assert losses_seen(losses).problem() == "", name
+    lost = np.concatenate([falling, np.full(600, 7.0)])
+    health = losses_seen(lost)
+    assert "has been about" in health.problem()
+    assert health.best == pytest.approx(2.5, abs=0.05)
+    assert losses_seen(np.concatenate([np.full(100, 6.9), np.full(500, 9.0)])).problem()
+
+
+# ---- disks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_step(small_disk, tiny_data, run_main):
+    (small_disk / "ballast").write_bytes(bytes(1_000_000))
+    environ = tiny_environ(tiny_data, small_disk, TTT_ENABLED=0, CHECKPOINT_SECONDS=1e-9)
+    outcome = run_main(environ)
+    assert outcome.returncode == 2
+    errors = [line for line in outcome.stderr.splitlines() if not line.startswith("warning: cannot write the log ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: cannot write the artifact ")
+    assert "No space left" in errors[0]
+    assert "OUT_DIR" in errors[0]
+    assert "step:20/20 train_loss" in outcome.stdout
+    assert "checkpoint_failed" in outcome.stdout
+    assert not list((small_disk / "checkpoints").glob("*.partial"))
+    (small_disk / "ballast").unlink()
+    assert run_main(environ | {"RESUME": "auto"}).returncode == 0
+
+
+def test_a_read_only_folder_is_an_error_before_anything_is_done(small_disk, tiny_data, run_main):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    one_error(run_main(tiny_environ(tiny_data, small_disk)), small_disk, "OUT_DIR", "Read-only file system")
+
+
+def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(
+    tiny_data, run_main, tmp_path, monkeypatch
+):
+    environ = tiny_environ(tiny_data, tmp_path, TTT_ENABLED=0, RESUME="auto")
+    write_whole = train_gpt.write_whole
+
+    def full(path: Path, content: bytes) -> None:
+        if path.suffix == ".ptz":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, content)
+
+    monkeypatch.setattr(train_gpt, "write_whole", full)
+    one_error(run_main(environ), tmp_path / "final_model.int6.ptz", "No space left")
+    monkeypatch.undo()
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "train_loss" not in outcome.stdout
+    assert "reused:False" in outcome.stdout
+    expected = tiny_environ(tiny_data, tmp_path / "plain", TTT_ENABLED=0)
+    assert run_main(expected).returncode == 0
+    artifact = (tmp_path / "final_model.int6.ptz").read_bytes()
+    assert artifact == (tmp_path / "plain" / "final_model.int6.ptz").read_bytes()
+    outcome = run_main(environ)  # and now it is there
+    assert "reused:True" in outcome.stdout
+    (tmp_path / "final_model.int6.ptz").write_bytes(artifact[:-1])
+    assert "reused:False" in run_main(environ).stdout
+    assert (tmp_path / "final_model.int6.ptz").read_bytes() == artifact
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_log_disks_do_not_stop_a_run(tiny_data, tmp_path):
+    """Both log files and the console."""
+    (tmp_path / "logs").mkdir()
+    for suffix in ("txt", "jsonl"):
+        (tmp_path / "logs" / f"run.{suffix}").symlink_to("/dev/full")
+    environ = tiny_environ(tiny_data, tmp_path, ITERATIONS=3, TTT_ENABLED=0)
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, str(SCRIPT)], env=environ, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "final_model.int6.ptz").exists()
+    lines = process.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("warning: cannot write the log ") and "No space left" in line for line in lines)
+
+
+# ---- shards ------------------------------------------------------------------------------------------------------
+
+
+def before_step(monkeypatch, step: int, action: Callable[[], None]) -> None:
+    one_step = Trainer.one_step
+
+    def stepped(trainer: Trainer) -> None:
+        if trainer.step == step:
+            action()
+        one_step(trainer)
+
+    monkeypatch.setattr(Trainer, "one_step", stepped)
+
+
+@pytest.mark.parametrize(
+    ("damage", "mentioned"),
+    [
+        (lambda path: path.unlink(), "any more: No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "has changed during the run"),
+        (lambda path: path.write_bytes(b""), "has changed during the run"),
+        (lambda path: write_shard(path, np.full((path.stat().st_size - 1024) // 2, 300)), "has changed during the run"),
+    ],
+    ids=["vanished", "truncated", "emptied", "rewritten"],
+)
+def test_a_shard_that_vanishes_or_changes(tiny_data, run_main, tmp_path, monkeypatch, damage, mentioned):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    path = data / "tiny_train_000000.bin"
+    before_step(monkeypatch, 4, lambda: damage(path))
+    outcome = run_main(tiny_environ(data, tmp_path / "out", TRAIN_BATCH_TOKENS=12 * 32))
+    one_error(outcome, path, mentioned)
+    assert "step:4/20" in outcome.stdout
+    assert "step:7/20" not in outcome.stdout
+
+
+def test_a_shard_that_was_only_touched(tiny_data, run_main, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    before_step(monkeypatch, 4, (data / "tiny_train_000000.bin").touch)
+    assert run_main(tiny_environ(data, tmp_path / "out", ITERATIONS=6, TTT_ENABLED=0)).returncode == 0
+
+
+# ---- clocks ------------------------------------------------------------------------------------------------------
+
+
+def test_jumps_of_the_wall_clock_change_nothing(tiny_data, run_main, tmp_path, monkeypatch):
+    jumps = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
+    environ = tiny_environ(tiny_data, tmp_path, MAX_WALLCLOCK_SECONDS=100, TTT_ENABLED=0, CHECKPOINT_SECONDS=1e-9)
+    assert run_main(environ).returncode == 0
+    rows = train_rows(events_of(environ))
+    assert len(rows) == 20
+    times = [row["train_time_ms"] for row in rows]
+    assert times == sorted(times)
+    assert 0 < times[-1] < 60_000
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("*_step*"))][-1] == "000021_step20.safetensors"
+
+
+def test_no_decision_reads_the_wall_clock():
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "time"}
+    assert names <= {"perf_counter", "monotonic", "sleep", "strftime"}
+
+
+def test_the_last_seconds_before_the_cap_count_queued_work(monkeypatch):
+    """On CUDA the host runs ahead of the device: near the cap it waits for it, elsewhere never."""
+    config = tiny_config(max_wallclock_seconds=100.0)
+    trainer = make_trainer(train_gpt.GPT(config), config)
+    waited: list[float] = []
+    monkeypatch.setattr(trainer.runtime, "synchronize", lambda: waited.append(trainer.elapsed_s))
+    for elapsed in (0.0, 50.0, 96.9, 97.5, 99.9, 100.0):
+        trainer.elapsed_s = trainer.clock.total_s = elapsed
+        trainer.look_around()
+    assert waited == [97.5, 99.9]

@@ -1,0 +1,265 @@
+"""Runs that are interrupted and go on: the same to the bit at the same world size, the same trajectory at another."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import REPO, SCRIPT, Run, event, free_port, read_events, run_script, tiny_environ, train_rows
+
+import train_gpt
+from train_gpt import CheckpointError, Health, TestTimeTrainer, Trainer, pack_state, unpack_state
+
+RESUMABLE = dict(CHECKPOINT_SECONDS=1e-9, RESUME="auto", TTT_CHUNK_TOKENS=300, TTT_EPOCHS=1)
+
+
+def numbers(rows: list[dict[str, Any]]) -> dict[str, tuple]:
+    """What training computed at each step; of a step taken twice, what it gave the last time."""
+    return {row["event"]: (row["train_loss"], row["grad_norm"], row["lr_scale"], row["qat"]) for row in train_rows(rows)}
+
+
+def results(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {row["event"]: row["val_loss"] for row in rows if row["event"].endswith("_exact")}
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """Have something done when training has taken so many steps."""
+    one_step = Trainer.one_step
+
+    def arrange(step: int, action: Callable[[], None]) -> None:
+        def stepped(trainer: Trainer) -> None:
+            one_step(trainer)
+            if trainer.step == step:
+                monkeypatch.setattr(Trainer, "one_step", one_step)
+                action()
+
+        monkeypatch.setattr(Trainer, "one_step", stepped)
+
+    yield arrange
+
+
+def signal_self(number: int = signal.SIGTERM) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tmp_path_factory) -> dict[str, Run]:
+    """Uninterrupted runs of three recipes' mechanisms."""
+    runs = {}
+    for name, overrides in MECHANISMS.items():
+        environ = tiny_environ(tiny_data, tmp_path_factory.mktemp(name), **overrides)
+        process = run_script(environ)
+        assert process.returncode == 0, process.stderr
+        runs[name] = Run(environ, process)
+    return runs
+
+
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "ema": dict(TTT_CHUNK_TOKENS=300, TTT_EPOCHS=1, LATE_QAT_THRESHOLD=0.5, WARMUP_STEPS=1),
+    "swarm": dict(
+        SWARM_ENABLED=1, SWARM_EVERY=3, LATE_QAT_THRESHOLD=0, MTP_NUM_HEADS=2, WEIGHT_AVERAGE="swa", SWA_EVERY=2,
+        SWA_START_SCALE=0.9, TTT_ENABLED=0, MIXER="backoff",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "step", "number"), [("ema", 7, signal.SIGTERM), ("swarm", 14, signal.SIGINT)])
+def test_a_signal_saves_and_the_rest_is_the_same_to_the_bit(
+    whole, run_main, tmp_path, at_step, name, step, number
+):
+    """Model, momentum, moments, average, swarm, controls and position: whatever was lost would show in the bytes."""
+    uninterrupted = whole[name]
+    environ = uninterrupted.environ | dict(OUT_DIR=str(tmp_path), RESUME="auto")
+    at_step(step, signal_self(number))
+    outcome = run_main(environ)
+    assert (outcome.returncode, outcome.stderr) == (128 + number, "")
+    last = outcome.stdout.splitlines()[-1]
+    assert last.startswith(f"stopped signal:{number.name} step:{step} checkpoint:{tmp_path}/checkpoints/000001_step{step}.")
+    assert not (tmp_path / "final_model.int6.ptz").exists()
+
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"resumed step:{step} from:{tmp_path}/checkpoints/000001_step{step}.safetensors" in outcome.stdout
+    assert (tmp_path / "final_model.int6.ptz").read_bytes() == uninterrupted.artifact.read_bytes()
+    rows = read_events(tmp_path / "logs" / "run.jsonl")
+    assert numbers(rows) == numbers(uninterrupted.events)
+    assert results(rows) == results(uninterrupted.events)
+    assert [row["event"] for row in train_rows(rows)] == [f"step:{i}/20" for i in range(1, 21)]  # one log, no repeats
+    text = (tmp_path / "logs" / "run.txt").read_text(encoding="utf-8")
+    assert text.count("===== train_gpt.py =====") == 1
+    if name == "swarm":
+        cycles = [line for line in text.splitlines() if line.startswith("swarm cycle:")]
+        assert [line.split()[1] for line in cycles] == [f"cycle:{n}" for n in range(1, 7)]
+        assert [event(rows, f"step:{step}/20")[k] for k in ("mtp_weight",)] == [0.1]
+    times = [row["train_time_ms"] for row in train_rows(rows)]
+    assert times == sorted(times)  # the training clock goes on where it stood
+
+
+def test_one_clock_over_a_restart(tiny_data, run_main, tmp_path, at_step):
+    """Time that a run spent before it was interrupted counts against the cap."""
+    environ = tiny_environ(
+        tiny_data, tmp_path, RESUME="auto", MAX_WALLCLOCK_SECONDS=2, ITERATIONS=10**6, TTT_ENABLED=0, WARMUP_STEPS=1
+    )
+    at_step(5, lambda: (time.sleep(1.5), signal_self()()))
+    assert run_main(environ).returncode == 143
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = read_events(tmp_path / "logs" / "run.jsonl")
+    resumed = event(rows, "resumed")
+    assert resumed["train_time_ms"] > 1500
+    assert 2000 <= event(rows, "stopping_early: wallclock_cap")["train_time_ms"] < 2500
+    names = [row["event"] for row in rows]
+    assert names.index("warmup", names.index("stopped")) < names.index("resumed")  # compiled before the clock runs
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_another_world_size_goes_on_with_the_same_trajectory(whole, tmp_path, before, after):
+    """Banks have 3 or 6 rows, so two and three ranks pad and cut them differently."""
+    plan = whole["ema"]
+    environ = plan.environ | dict(OUT_DIR=str(tmp_path), RESUME="auto", CHECKPOINT_SECONDS="1e-9", CHECKPOINT_KEEP="99")
+    process = run_script(environ, before)
+    assert process.returncode == 0, process.stderr
+    for path in (tmp_path / "checkpoints").iterdir():
+        if not path.name.startswith("000008_"):
+            path.unlink()
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "final_model.int6.ptz").unlink()
+    process = run_script(environ, after)
+    assert process.returncode == 0, process.stderr
+    rows = read_events(tmp_path / "logs" / "run.jsonl")
+    assert (event(rows, "resumed")["step"], event(rows, "resumed")["saved_by_ranks"]) == (7, before)
+    ours, theirs = numbers(rows), numbers(plan.events)
+    assert list(ours) == [f"step:{i}/20" for i in range(8, 21)]
+    for name, (loss, norm, lr_scale, qat) in ours.items():
+        expected = theirs[name]
+        assert loss == pytest.approx(expected[0], abs=2e-3 if qat else 1e-4)
+        assert norm == pytest.approx(expected[1], rel=2e-2 if qat else 1e-3)
+        assert (lr_scale, qat) == expected[2:]
+
+
+def test_old_checkpoints_are_removed_and_the_cost_is_logged(tiny_data, run_main, tmp_path):
+    environ = tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9, CHECKPOINT_KEEP=3, ITERATIONS=6, TTT_ENABLED=0)
+    assert run_main(environ).returncode == 0
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.safetensors"))
+    assert names == ["000005_step4.safetensors", "000006_step5.safetensors", "000007_step6.safetensors"]
+    rows = [row for row in read_events(tmp_path / "logs" / "run.jsonl") if row["event"] == "checkpoint"]
+    saved = [row for row in rows if "step" in row["file"]]
+    assert len(saved) == 7
+    assert all(row["stall_ms"] > 0 and row["write_s"] > 0 and row["bytes"] > 10_000 for row in saved)
+    plain = tiny_environ(tiny_data, tmp_path / "plain", CHECKPOINT_SECONDS=0, ITERATIONS=6)
+    assert run_main(plain).returncode == 0
+    assert [path.name for path in (tmp_path / "plain" / "checkpoints").glob("*_step*")] == ["000001_step6.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, tmp_path_factory) -> tuple[dict[str, str], Path]:
+    """A finished short run with its three last checkpoints; tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    environ = tiny_environ(tiny_data, folder, **RESUMABLE, CHECKPOINT_KEEP=3, ITERATIONS=8)
+    process = run_script(environ)
+    assert process.returncode == 0, process.stderr
+    return environ, folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> dict[str, str]:
+    environ, folder = trained
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "logs")
+    return environ | {"OUT_DIR": str(tmp_path / "copy")}
+
+
+def checkpoint_paths(environ: dict[str, str]) -> list[Path]:
+    return sorted((Path(environ["OUT_DIR"]) / "checkpoints").glob("*_step*.safetensors"))
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_named(copy, trained, run_main):
+    torn, altered, good = reversed(checkpoint_paths(copy))
+    torn.write_bytes(torn.read_bytes()[:-100])
+    content = bytearray(altered.read_bytes())
+    content[-5] ^= 1
+    altered.write_bytes(content)
+    (Path(copy["OUT_DIR"]) / "final_model.int6.ptz").unlink()
+    outcome = run_main(copy)
+    assert outcome.returncode == 0, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    skipped = [line for line in lines if line.startswith("checkpoint_skipped ")]
+    assert [str(torn) in skipped[0], str(altered) in skipped[1], len(skipped)] == [True, True, 2]
+    assert f"resumed step:6 from:{good}" in outcome.stdout
+    same = (Path(copy["OUT_DIR"]) / "final_model.int6.ptz").read_bytes()
+    assert same == (trained[1] / "final_model.int6.ptz").read_bytes()
+    for path in checkpoint_paths(copy):
+        path.write_bytes(b"")
+    outcome = run_main(copy)
+    assert outcome.returncode == 0
+    assert "training from the beginning" in outcome.stdout
+    assert "step:1/8 " in outcome.stdout
+
+
+def test_a_named_checkpoint(copy, run_main, tmp_path):
+    middle = checkpoint_paths(copy)[1]
+    outcome = run_main(copy | {"RESUME": str(middle)})
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"resumed step:7 from:{middle}" in outcome.stdout
+    middle.write_bytes(b"no checkpoint")
+    for path in (middle, tmp_path / "absent.safetensors", tmp_path):
+        outcome = run_main(copy | {"RESUME": str(path)})
+        assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
+        assert outcome.stderr.startswith("error: ")
+        assert str(path) in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mentioned"),
+    [
+        (dict(MATRIX_LR="0.5"), "MATRIX_LR=0.027 (now 0.5)"),
+        (dict(ITERATIONS="9"), "ITERATIONS=8 (now 9)"),
+        (dict(DATA_PATH="{data}"), "train_shards"),
+    ],
+)
+def test_another_run_is_not_continued(copy, run_main, tiny_data, tmp_path, overrides, mentioned):
+    """Another setting of training, or a shard whose last token differs."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    shard = data / "tiny_train_000001.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\5\0")
+    outcome = run_main(copy | {name: value.format(data=data) for name, value in overrides.items()})
+    assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
+    assert mentioned in outcome.stderr
+    assert "RESUME=" in outcome.stderr
+
+
+def test_what_does_not_change_training_may_change(copy, run_main, tiny_data, tmp_path):
+    data = tmp_path / "elsewhere"
+    shutil.copytree(tiny_data, data)
+    checkpoint_paths(copy)[-1].unlink()
+    overrides = dict(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", EVAL_STRIDE=16, RUN_ID="other")
+    outcome = run_main(copy | {name: str(value) for name, value in overrides.items()})
+    assert outcome.returncode == 0, outcome.stderr
+    assert "resumed step:7 " in outcome.stdout
+
+
+def test_a_log_goes_on_after_its_last_whole_line(copy, run_main):
+    logs = Path(copy["OUT_DIR"]) / "logs"
+    logs.mkdir()
+    (logs / "run.txt").write_text("first line\nsecond li")
+    (logs / "run.jsonl").write_text('{"event": "first"}\n{"event": "sec')
+    assert run_main(copy).returncode == 0
+    assert [row["event"] for row in read_events(logs / "run.jsonl")][:2] != ["first", "second"]
+    assert (logs / "run.txt").read_text(encoding="utf-8").startswith("first line\npython:")

@@ -1,0 +1,120 @@
+"""No network, no pickles, no path out of the folders named, and dependencies that are pinned."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zstandard
+from support import REPO, Run, tiny_environ
+
+import train_gpt
+
+NETWORK = {"socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"}
+DENIED = NETWORK | {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
+WATCHERS: list[list[str]] = []  # an audit hook cannot be removed, so this one is armed and disarmed
+
+
+def _hook(event: str, _arguments: tuple[Any, ...]) -> None:
+    if WATCHERS and event in DENIED:
+        WATCHERS[-1].append(event)
+        raise PermissionError(f"{event} is denied here")
+
+
+@pytest.fixture
+def denied() -> Iterator[list[str]]:
+    """Within the test nobody connects, resolves a name, unpickles, or starts a program."""
+    if not hasattr(_hook, "armed"):
+        sys.addaudithook(_hook)
+        _hook.armed = True  # pyright: ignore[reportFunctionMemberAccess]
+    events: list[str] = []
+    WATCHERS.append(events)
+    yield events
+    WATCHERS.pop()
+
+
+def test_the_watch_sees_what_it_should(denied):
+    with pytest.raises(PermissionError):
+        socket.create_connection(("127.0.0.1", 9), timeout=1)
+    with pytest.raises(PermissionError):
+        pickle.loads(b"cos\nsystem\n.")
+    assert set(denied) == {"socket.getaddrinfo", "pickle.find_class"}
+
+
+def test_training_resuming_and_scoring_use_no_network_and_no_pickle(denied, tiny_data, run_main, tmp_path):
+    environ = tiny_environ(
+        tiny_data, tmp_path, ITERATIONS=4, TTT_CHUNK_TOKENS=300, MIXER="backoff", SWARM_ENABLED=1, SWARM_EVERY=2,
+        CHECKPOINT_SECONDS=1e-9, RESUME="auto", WARMUP_STEPS=1,
+    )  # fmt: skip
+    for _ in range(2):
+        outcome = run_main(environ)
+        assert outcome.returncode == 0, outcome.stderr
+    assert "resumed step:4" in outcome.stdout
+    assert denied == []
+
+
+def tree(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def repacked(content: bytes, config: dict[str, Any]) -> bytes:
+    """The artifact with other entries in its stored config."""
+    import safetensors.torch
+
+    payload = zstandard.ZstdDecompressor().decompress(content)
+    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+    metadata = json.loads(header["__metadata__"]["train_gpt"])
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | config)
+    tensors = safetensors.torch.load(payload)
+    return zstandard.compress(safetensors.torch.save(tensors, {"train_gpt": json.dumps(metadata)}))
+
+
+def test_names_inside_an_artifact_lead_nowhere(tiny_run: Run, tiny_data, run_main, tmp_path):
+    escape = tmp_path / "escape"
+    config = dict.fromkeys(("out_dir", "artifact", "data_path", "tokenizer_path", "kg_path", "resume"), str(escape))
+    path = tmp_path / "model.ptz"
+    path.write_bytes(repacked(tiny_run.artifact.read_bytes(), config | {"run_id": "../../escape"}))
+    environ = tiny_environ(
+        tiny_data, tmp_path / "deep" / "out", EVAL_ONLY=1, ARTIFACT=path, CHECKPOINT_SECONDS=1e-9, TTT_ENABLED=0
+    )
+    assert run_main(environ).returncode == 0
+    logs = {tmp_path / "deep" / "out" / "logs" / f"run.{suffix}" for suffix in ("txt", "jsonl")}
+    assert tree(tmp_path) == {path, *logs}
+
+
+def test_names_inside_a_checkpoint_lead_nowhere(tiny_data, run_main, tmp_path):
+    environ = tiny_environ(tiny_data, tmp_path / "deep" / "out", ITERATIONS=2, TTT_ENABLED=0, RESUME="auto")
+    assert run_main(environ).returncode == 0
+    folder = tmp_path / "deep" / "out" / "checkpoints"
+    (path,) = folder.glob("*_step*")
+    tensors, meta = train_gpt.unpack_state(path.read_bytes(), path)
+    (tmp_path / "deep" / "out" / "final_model.int6.ptz").unlink()
+    before = tree(tmp_path)
+    tensors["../../../escape"] = torch.zeros(3)
+    meta["config"] |= {"out_dir": "../../escape", "run_id": "../../escape", "artifact": "../escape"}
+    path.write_bytes(train_gpt.pack_state(tensors, meta))
+    (folder / "..000009_step9.safetensors").write_bytes(b"not a name that a run gives")
+    assert run_main(environ).returncode == 0
+    added = {str(each.relative_to(tmp_path / "deep" / "out")) for each in tree(tmp_path) - before}
+    assert added == {"final_model.int6.ptz", "checkpoints/..000009_step9.safetensors"}
+
+
+def test_every_requirement_is_pinned_to_one_version():
+    pinned = {}
+    for line in (REPO / "constraints.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, version = re.fullmatch(r"([A-Za-z0-9_.-]+)==([0-9][\w.+]*)", line.strip()).groups()  # pyright: ignore[reportOptionalMemberAccess]
+            pinned[name.lower().replace("-", "_")] = version
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        for line in (REPO / file).read_text().splitlines():
+            name = re.match(r"[A-Za-z0-9_.-]+", line)
+            if name:
+                assert name[0].lower().replace("-", "_") in pinned, f"{line} of {file} has no pin"

@@ -2359,14 +2359,14 @@ def calibrate(trainer: Trainer) -> Hessians:
 
     batches = (ids for step in itertools.count(trainer.step) for ids, _ in trainer.loader.batch(step))
     clock.start()
-    began_s = now_s = clock.agreed_s()
+    began_s = now_s = clock.agreed()[0]
     batch_s, tokens = began_s / max(trainer.step, 1), 0  # a training step is longer than one forward pass
     while tokens < config.calibration_tokens and now_s + batch_s <= (config.max_wallclock_seconds or math.inf):
         ids = next(batches)
         trainer.model.forward_hidden(ids, probe=probe)
         tokens += ids.numel() * runtime.world_size
         runtime.synchronize()
-        before_s, now_s = now_s, clock.agreed_s()
+        before_s, now_s = now_s, clock.agreed()[0]
         batch_s = now_s - before_s
     moments = {name: runtime.all_reduce_sum(total) / max(tokens, 1) for name, total in sums.items()}
     banks = BANK_INPUTS.items() if tokens else ()

@@ -43,7 +43,7 @@ def run_rank(layers: int, dim: int, steps: int) -> None:
             for shard in muon.shards:
                 muon.newton_schulz(shard.own_grad, config.muon_steps)
             spent.append(time.process_time() - began)
-            muon.step(0.01, 0.9)
+            muon.step(0.01, 0.9, torch.tensor(True))
         seconds = torch.zeros(runtime.world_size)
         seconds[runtime.rank] = min(spent[1:])
         ranks_s = runtime.all_reduce_sum(seconds).tolist()

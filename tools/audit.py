@@ -715,7 +715,8 @@ class Rehearsal:
             log = train_gpt.RunLog(self.config, runtime)
             validation = self.validation()
             with OpenRecorder.recording() as opened:
-                train_gpt.train_artifact(self.config, runtime, log, self.tokenizer, validation)
+                checkpoints = train_gpt.Checkpoints(self.config, runtime, log)
+                train_gpt.train_artifact(self.config, runtime, log, self.tokenizer, validation, checkpoints)
             log.close()
         return self.config.artifact_path.read_bytes(), opened
 

@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 import torch
 import zstandard
-from golden_support import REPO, make_runtime, random_ids, randomize, tiny_config, tiny_recipe
+from golden_support import REPO, make_runtime, random_ids, randomize, search_scale, tiny_config, tiny_recipe
 from torch import Tensor
 
 import train_gpt
@@ -104,7 +104,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
         embedding = name in ("tok_emb.weight", "lm_head.weight")
         if name in train_gpt.BANK_NAMES or embedding or weight.numel() > 65_536:
             grid = train_gpt.Grid(bits)
-            scale = train_gpt.search_scale(weight, grid)
+            scale = search_scale(weight, grid)
             expected[name] = grid.decode(grid.encode(weight, scale), scale)
         else:
             expected[name] = weight.half().float() if weight.ndim > 1 else weight

@@ -697,8 +697,8 @@ def test_what_cannot_fit_is_refused_with_numbers_and_without_a_file(fit, full_si
     assert full_size > 5000
 
 
-def test_fitting_packs_seldom_and_never_takes_a_coarser_step_than_it_must():
-    """With sizes that are the entropy plus a part no estimate knows: the first rung that fits, in three packs."""
+def test_fitting_packs_seldom_and_stays_within_three_rungs_of_the_finest_that_fits():
+    """With sizes that are the entropy plus a part no estimate knows: found in three packs."""
     weight = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0))
     packs = []
 

@@ -5,8 +5,8 @@
 DIR holds shards made by data/prepare.py. One small model is trained up to the step where QAT would begin. From that
 point the last steps are run again for every choice of QAT, bits and CROWN-Q, each time from the same weights, moments
 and data, and every outcome is exported by `lite` and by `gptq` through the real artifact. The tax is the bits per byte
-of the artifact minus those of the averaged weights that it was made from, windows without overlap. A table for
-people, one JSON line last.
+of the artifact minus those of the averaged weights that it was made from, windows without overlap; beside it stands
+how far the predictions moved. A table for people, one JSON line last.
 """
 
 from __future__ import annotations
@@ -119,6 +119,21 @@ class Bench:
         arguments = (model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
         return train_gpt.summarize(train_gpt.score_stream(*arguments), self.validation).val_bpb
 
+    @torch.no_grad()
+    def divergence(self, before: train_gpt.GPT, after: train_gpt.GPT, windows: int = 64) -> float:
+        """Mean Kullback-Leibler divergence of the predictions on the first windows, nats a token.
+
+        It sees every change of a prediction, where changes for better and worse cancel in the bits per byte.
+        """
+        T = self.config.eval_seq_len
+        windows = min(windows, len(self.validation.tokens) // T)
+        ids = torch.from_numpy(self.validation.tokens[: windows * T].astype("int64")).view(windows, T)
+        total = 0.0
+        for batch in ids.to(self.runtime.device).split(8):
+            old, new = (torch.log_softmax(model.logits(batch), dim=-1) for model in (before, after))
+            total += (old.exp() * (old - new)).sum().item()
+        return total / ids.numel()
+
     def finish(self, qat: bool, crown_q_lambda: float, bits: int) -> Outcome:
         """Train to the end in one way, average, calibrate."""
         threshold = self.args.qat_threshold if qat else 0.0
@@ -147,9 +162,9 @@ class Bench:
             size = train_gpt.save_artifact(model, self.tokenizer.digest, path, hessians)
             stored, _, _ = train_gpt.load_artifact(path, model.attend)
         after = self.bpb(stored.to(self.runtime.device))
-        tax = after - outcome.fields["before"]
-        shown = dict(bits=bits, quantizer=quantizer, after=after, tax=tax, artifact_bytes=size, quantize_s=seconds)
-        return outcome.fields | shown
+        tax, divergence = after - outcome.fields["before"], self.divergence(trained, stored)
+        shown = dict(bits=bits, quantizer=quantizer, after=after, tax=tax, divergence=divergence)
+        return outcome.fields | shown | dict(artifact_bytes=size, quantize_s=seconds)
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
@@ -199,12 +214,13 @@ def main() -> None:
     began = time.perf_counter()
     bench = Bench(args)
     rows = measure(bench)
-    print("QAT   CROWN-Q bits by      before    after      tax      bytes      s")
+    print("QAT   CROWN-Q bits by      before    after      tax  KL mnats      bytes      s")
     for row in rows:
         qat = "on" if row["qat"] else "off"
         print(
             f"{qat:<4} {row['crown_q_lambda']:>8g} {row['bits']:>4} {row['quantizer']:<5} {row['before']:>8.4f} "
-            f"{row['after']:>8.4f} {row['tax']:>+8.4f} {row['artifact_bytes']:>10,} {row['quantize_s']:>6.1f}"
+            f"{row['after']:>8.4f} {row['tax']:>+8.4f} "
+            f"{1000 * row['divergence']:>9.3f} {row['artifact_bytes']:>10,} {row['quantize_s']:>6.1f}"
         )
     result = json.dumps(conditions(bench) | dict(seconds=time.perf_counter() - began, rows=rows))
     if args.out:

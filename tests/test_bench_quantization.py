@@ -37,3 +37,6 @@ def test_branches_share_their_beginning_and_differ_in_their_end(result):
         assert row["tax"] == row["after"] - row["before"]
         assert 0 != abs(row["tax"]) < 0.05
         assert row["artifact_bytes"] > 10_000
+        assert 0 < row["divergence"] < 0.05
+    for lite, gptq in zip(result["rows"][::2], result["rows"][1::2]):
+        assert gptq["divergence"] < lite["divergence"]

@@ -36,9 +36,9 @@ class Job(NamedTuple):
 
 JOBS: dict[str, tuple[Job, ...]] = {
     "cpu": (
-        Job("import_time", 40),
+        Job("import_time", 60, ("--pairs", "5")),
         Job("swarm_overhead", 10),
-        Job("forward_backward", 150),
+        Job("forward_backward", 200),
         Job("train_step", 75),
         Job("evaluation", 30),
         Job("ttt", 30),
@@ -47,7 +47,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("startup", 25),
         Job("data_preparation", 25),
         Job("muon", 25),
-        Job("packing", 90),
+        Job("artifact", 80),
         Job("checkpoint", 30),
         Job("build_kg", 60),
     ),
@@ -57,7 +57,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("evaluation", 90),
         Job("ttt", 60),
         Job("startup", 30),
-        Job("packing", 60),
+        Job("artifact", 60),
         Job("checkpoint", 30),
     ),
 }

@@ -758,32 +758,33 @@ def unpack_state(content: bytes, source: object) -> State:
         raise CheckpointError(f"{source} is torn, altered or no checkpoint of this project") from None
 
 
-def snapshot(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU that later steps leave alone, under names with a prefix."""
-    return {prefix + name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Copies on the CPU, which later steps leave alone, of the tensors of nested mappings: `outer/inner/name`."""
+    flat: dict[str, Tensor] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[f"{prefix}{name}"] = value.detach().to("cpu", copy=True).contiguous()
+    return flat
 
 
-def numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    return {str(index): tensor for index, tensor in enumerate(tensors)}
+def nest(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The nested mappings that `flatten` took, empty ones left out; all names are text now."""
+    tree: dict[str, Any] = {}
+    for path, tensor in flat.items():
+        *outer, name = path.split("/")
+        node = tree
+        for part in outer:
+            node = node.setdefault(part, {})
+        node[name] = tensor
+    return tree
 
 
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with the prefix, by the rest of their names."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Its state by `<index of the parameter>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Take over the state of parameters by their index."""
+    numbered = {int(index): dict(entry) for index, entry in state.items()}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Checkpoints:
@@ -792,11 +793,10 @@ class Checkpoints:
     Training leaves `NNNNNN_stepS.safetensors`, numbered in the order of writing, the newest CHECKPOINT_KEEP of them.
     """
 
-    EVALUATION = "evaluation.safetensors"
-
     def __init__(self, config: Config, runtime: Runtime, log: RunLog):
         self.config, self.runtime, self.log = config, runtime, log
         self.folder = Path(config.out_dir) / "checkpoints"
+        self.evaluation_path = self.folder / "evaluation.safetensors"
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
         self.cost: dict[str, Any] = {}
@@ -807,14 +807,31 @@ class Checkpoints:
         matches = ((re.fullmatch(r"(\d+)_step\d+\.safetensors", path.name), path) for path in self.folder.glob("*"))
         return sorted((int(match[1]), path) for match, path in matches if match)
 
-    def save(self, tensors: Mapping[str, Tensor], meta: dict[str, Any], stall_s: float) -> None:
-        """Begin to write, once the file before is written; `stall_s` is what the caller waited for its snapshot."""
+    def training(self) -> list[Path]:
+        """The files that RESUME allows to go on from, the newest first."""
+        if self.config.resume == "auto":
+            return [path for _, path in reversed(self.numbered())]
+        return [Path(self.config.resume)] if self.config.resume else []
+
+    def evaluation(self) -> list[Path]:
+        return [self.evaluation_path] if self.config.resume and self.evaluation_path.exists() else []
+
+    def forget_evaluation(self) -> None:
+        """It is done, and its file has served."""
+        self.finish()
+        with contextlib.suppress(OSError):
+            self.evaluation_path.unlink()
+            self.folder.rmdir()  # which fails where training has left something
+
+    def save(self, tensors: Mapping[str, Tensor], meta: dict[str, Any], began: float) -> None:
+        """Begin to write, once the file before is written; since `began` the caller has waited for its copies."""
         self.finish()
         meta = json.loads(json.dumps(meta))  # as it is now: the run goes on while the thread writes
         number = 1 + max((number for number, _ in self.numbered()), default=0)
-        name = f"{number:06d}_step{meta['step']}.safetensors" if "step" in meta else self.EVALUATION
-        self.cost = dict(stall_ms=1000 * stall_s, file=str(self.folder / name))
-        self.pending = self.writer.submit(self._write, self.folder / name, tensors, meta)
+        of_step = self.folder / f"{number:06d}_step{meta.get('step')}.safetensors"
+        path = of_step if "step" in meta else self.evaluation_path
+        self.cost = dict(stall_ms=1000 * (time.perf_counter() - began), file=str(path))
+        self.pending = self.writer.submit(self._write, path, tensors, meta)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         began = time.perf_counter()
@@ -1646,13 +1663,9 @@ class BankShard:
 
     def whole_momentum(self, runtime: Runtime) -> Tensor:
         """The momentum of every rank, without padding, shape of the parameter."""
-        if runtime.world_size == 1:
-            return self.momentum
-        whole = torch.empty_like(self.values)
-        work = runtime.all_gather(whole, self.momentum)
-        if work is not None:
-            work.wait()
-        return whole[: self.rows]
+        whole = torch.zeros_like(self.values)
+        whole[self.first : self.first + self.per_rank] = self.momentum
+        return runtime.all_reduce_sum(whole)[: self.rows]
 
     def load_momentum(self, whole: Tensor) -> None:
         own = whole[self.first : self.first + self.per_rank]
@@ -2040,28 +2053,29 @@ class Trainer:
         momentum = [shard.whole_momentum(self.runtime) for shard in self.optimizers.muon.shards]
         if not self.runtime.is_main:
             return
-        tensors = snapshot("model.", self.model.state_dict()) | snapshot("muon.", dict(zip(BANK_NAMES, momentum)))
-        tensors |= snapshot("adamw.", optimizer_tensors(self.optimizers.adamw))
-        tensors |= snapshot("average.", numbered(self.average.shadow)) | {"rng": torch.get_rng_state()}
+        tensors = dict(
+            model=self.model.state_dict(), muon=dict(zip(BANK_NAMES, momentum)), rng=torch.get_rng_state(),
+            adamw=self.optimizers.adamw.state_dict()["state"], average=dict(enumerate(self.average.shadow)),
+        )  # fmt: skip
         meta = dict(
             step=self.step, elapsed_s=self.elapsed_s, finished=finished, controls=dataclasses.asdict(self.controls),
             health=dataclasses.asdict(self.health), average_count=self.average.count, loss_history=self.loss_history,
             swarm=None if self.swarm is None else self.swarm.state_dict(), world_size=self.runtime.world_size,
             identity=self.identity, config=dataclasses.asdict(self.config),
         )  # fmt: skip
-        self.checkpoints.save(tensors, meta, time.perf_counter() - began)
+        self.checkpoints.save(flatten(tensors), meta, began)
 
     def restore(self, state: State, source: str) -> None:
         """Stand where `save` stood, at any world size. Raises ConfigError, CheckpointError."""
-        tensors, meta = state
         try:
+            tensors, meta = nest(state[0]), state[1]
             self._check_same_run(meta, source)
-            self.model.load_state_dict(under("model.", tensors))
+            self.model.load_state_dict(tensors["model"])
             for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
-                shard.load_momentum(tensors[f"muon.{name}"])
-            load_optimizer_tensors(self.optimizers.adamw, under("adamw.", tensors))
+                shard.load_momentum(tensors["muon"][name])
+            load_optimizer(self.optimizers.adamw, tensors.get("adamw", {}))
             for index, shadow in enumerate(self.average.shadow):
-                shadow.copy_(tensors[f"average.{index}"])
+                shadow.copy_(tensors["average"][str(index)])
             torch.set_rng_state(tensors["rng"])
             self.controls, self.health = Controls(**meta["controls"]), Health(**meta["health"])
             skipped = self.health.skipped_in_a_row, self.health.skipped
@@ -2774,60 +2788,56 @@ class Progress:
     """How far an evaluation has come, kept in OUT_DIR/checkpoints/evaluation.safetensors while it lasts.
 
     It holds the results of finished stages and, of the one that runs, the scores so far and what test-time training
-    has made of the model. `identity` says of what artifact, text, settings, code and world size.
+    has made of the model. `identity` says of what artifact, text, settings, code and world size. Without
+    `checkpoints` it keeps nothing.
     """
 
-    def __init__(self, checkpoints: Checkpoints, identity: str):
+    def __init__(self, checkpoints: Checkpoints | None = None, identity: str = ""):
         self.checkpoints, self.identity = checkpoints, identity
-        path = checkpoints.folder / checkpoints.EVALUATION
-        state = checkpoints.find([path] if checkpoints.config.resume and path.exists() else [])
-        self.tensors, meta = state if state is not None and state[1].get("identity") == identity else ({}, {})
+        state = checkpoints.find(checkpoints.evaluation()) if checkpoints is not None else None
+        flat, meta = state if state is not None and state[1].get("identity") == identity else ({}, {})
+        self.restored = nest(flat)
         self.results: list[list[float]] = meta.get("results", [])  # summed logp and seconds of each finished stage
-        self.pieces: int = meta.get("pieces", 0)
+        self.pieces: int = meta.get("pieces", 0)  # of the stage that runs
         self.saved_at_s: float = meta.get("elapsed_s", 0.0)
         self.began = time.perf_counter() - self.saved_at_s
-        if meta:
+        if meta and checkpoints is not None:
             checkpoints.log.row("resumed_evaluation", stages=len(self.results), pieces=self.pieces)
 
     def elapsed_s(self) -> float:
         """Seconds of evaluation, those before a restart included."""
         return time.perf_counter() - self.began
 
-    def resume(self, scorer: WindowScorer, trainer: TestTimeTrainer | None) -> list[list[np.ndarray]]:
-        """Put scorer and trainer where they stood; scores so far, in `pieces` pieces, of which all stand in one."""
-        tensors, self.tensors = self.tensors, {}
-        if not tensors:
+    def resume(self, scorer: WindowScorer, trainer: TestTimeTrainer | None = None) -> list[list[np.ndarray]]:
+        """Put scorer and trainer where they stood; scores of the first `pieces` pieces, of which all stand in one."""
+        state, self.restored = self.restored, {}
+        if not state:
             self.pieces = 0
             return []
         if scorer.runtime.is_main:
-            scorer.sampled.copy_(tensors["sampled"])
+            scorer.sampled.copy_(state["sampled"])
         if trainer is not None:
-            trainer.load_state(tensors)
-        return [[tensors["logp"].numpy(), tensors["entropy"].numpy()]]
+            trainer.load_state(state)
+        return [[state["logp"].numpy(), state["entropy"].numpy()]]
 
-    def advance(self, scores: list[list[np.ndarray]], scorer: WindowScorer, trainer: TestTimeTrainer | None) -> None:
+    def advance(
+        self, scores: list[list[np.ndarray]], scorer: WindowScorer, trainer: TestTimeTrainer | None = None
+    ) -> None:
         """After each piece: save when it is time, stop when a signal came."""
         self.pieces += 1
+        if self.checkpoints is None:
+            return
         runtime, every = scorer.runtime, self.checkpoints.config.checkpoint_seconds
         now_s, signalled = runtime.agree(self.elapsed_s(), runtime.signal)
         if signalled or 0 < every <= now_s - self.saved_at_s:
-            self.saved_at_s = now_s
-            columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*scores)]
-            columns.append(runtime.all_reduce_sum(scorer.sampled.clone()))
+            began, self.saved_at_s = time.perf_counter(), now_s
+            logp, entropy = (torch.from_numpy(np.concatenate(column)) for column in zip(*scores))
+            state = dict(logp=logp, entropy=entropy, sampled=runtime.all_reduce_sum(scorer.sampled.clone()))
             meta = dict(identity=self.identity, results=self.results, pieces=self.pieces, elapsed_s=now_s)
             if runtime.is_main:
-                state = snapshot("", dict(zip(("logp", "entropy", "sampled"), columns)))
-                state |= trainer.state() if trainer is not None else {}
-                self.checkpoints.save(state, meta, self.elapsed_s() - now_s)
+                self.checkpoints.save(flatten(state | (trainer.state() if trainer is not None else {})), meta, began)
         if signalled:
             self.checkpoints.stop(int(signalled), stage=len(self.results) + 1, pieces=self.pieces)
-
-    def close(self) -> None:
-        """The evaluation is done: its file has served."""
-        self.checkpoints.finish()
-        with contextlib.suppress(OSError):
-            (self.checkpoints.folder / self.checkpoints.EVALUATION).unlink()
-            self.checkpoints.folder.rmdir()  # which fails where training has left something
 
 
 PIECE_BATCHES = 64  # batches a rank scores between two looks at signals and clock
@@ -2842,11 +2852,11 @@ def score_stream(
     scorer = WindowScorer(model, config, runtime, validation.tokens)
     size = PIECE_BATCHES * config.eval_batch_seqs * runtime.world_size
     edges = [*range(0, len(windows.starts), size), len(windows.starts)]
-    scores = progress.resume(scorer, None) if progress is not None else []
-    for first, stop in itertools.pairwise(edges[progress.pieces if progress is not None else 0 :]):
+    progress = progress or Progress()
+    scores = progress.resume(scorer)
+    for first, stop in itertools.pairwise(edges[progress.pieces :]):
         scores.append(scorer.score_all(windows, first, stop))
-        if progress is not None:
-            progress.advance(scores, scorer, None)
+        progress.advance(scores, scorer)
     return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
 
 
@@ -2929,17 +2939,16 @@ class TestTimeTrainer:
         if self.polyak:
             torch._foreach_lerp_(self.polyak, self.trained, 1 - self.config.polyak_decay)
 
-    def state(self) -> dict[str, Tensor]:
-        """What training has changed so far, by name, on the CPU."""
-        tensors = snapshot("trained.", numbered(self.trained)) | snapshot("polyak.", numbered(self.polyak))
-        return tensors | snapshot("optimizer.", optimizer_tensors(self.optimizer))
+    def state(self) -> dict[str, Any]:
+        """What training has changed so far."""
+        weights = dict(trained=dict(enumerate(self.trained)), polyak=dict(enumerate(self.polyak)))
+        return weights | {"optimizer": self.optimizer.state_dict()["state"]}
 
-    @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        for prefix, targets in (("trained.", self.trained), ("polyak.", self.polyak)):
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for kind, targets in (("trained", self.trained), ("polyak", self.polyak)):
             for index, target in enumerate(targets):
-                target.copy_(tensors[f"{prefix}{index}"])
-        load_optimizer_tensors(self.optimizer, under("optimizer.", tensors))
+                target.copy_(state[kind][str(index)])
+        load_optimizer(self.optimizer, state.get("optimizer", {}))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -2968,8 +2977,9 @@ def score_then_adapt(
     chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
     try:
         trainer = TestTimeTrainer(model, config, runtime, validation)
-        scores = progress.resume(scorer, trainer) if progress is not None else []
-        for chunk in range(progress.pieces if progress is not None else 0, len(chunk_starts)):
+        progress = progress or Progress()
+        scores = progress.resume(scorer, trainer)
+        for chunk in range(progress.pieces, len(chunk_starts)):
             start = chunk_starts[chunk]
             stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
             first, last = np.searchsorted(window_ends, (start, stop), side="right")
@@ -2977,8 +2987,7 @@ def score_then_adapt(
                 scores.append(scorer.score_all(windows, int(first), int(last)))
             if stop < validation.num_targets:
                 trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
-            if progress is not None:
-                progress.advance(scores, scorer, trainer)
+            progress.advance(scores, scorer, trainer)
     finally:
         model.load_state_dict(saved)
         for parameter, requires_grad, grad in gradients:
@@ -3517,8 +3526,6 @@ def evaluate(
     if mixer is not None:
         result = log_mixed(mixer, scores, runtime, log, validation)
     log.row("evaluation", total_s=progress.elapsed_s(), budget_s=STAGE_BUDGET_S)
-    if runtime.is_main:
-        progress.close()
     return result
 
 
@@ -3556,9 +3563,10 @@ def digest_of(*parts: Any) -> str:
 
 def train_artifact(
     config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None = None,
 ) -> None:  # fmt: skip
     """Train a model, average its weights and write the artifact; from a checkpoint only what is missing of that."""
+    checkpoints = checkpoints or Checkpoints(config, runtime, log)
     backend, attend = choose_attention(config.attention, runtime.device)
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
@@ -3573,8 +3581,7 @@ def train_artifact(
     graph = "" if importance is None else digest_of(importance.cpu().numpy())
     identity = {"tokenizer": tokenizer.digest, "knowledge_graph": graph, "train_shards": stream.identity}
     trainer = Trainer(config, runtime, log, model, loader, validation, importance, checkpoints, identity)
-    candidates = [path for _, path in reversed(checkpoints.numbered())]
-    state = checkpoints.find(candidates if config.resume == "auto" else [Path(config.resume)] if config.resume else [])
+    state = checkpoints.find(checkpoints.training())
     if config.resume and state is None:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
     trainer.train(state, checkpoints.newest)
@@ -3636,6 +3643,7 @@ def run(config: Config, runtime: Runtime) -> Score:
     identity = digest_of(config.artifact_path, validation.tokens, validation.bytes, settings, *code_paths())
     progress = Progress(checkpoints, identity)
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, progress)
+    checkpoints.forget_evaluation()
     note = " ".join(filter(None, (validation.note, result.note)))
     log.row("final_int8_zlib_roundtrip_exact", note, **result.headline(), valid=result.valid)
     log.close()

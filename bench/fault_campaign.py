@@ -46,6 +46,7 @@ from support import (  # noqa: E402
     write_shard,
 )
 
+import build_kg  # noqa: E402  # isort: skip
 import train_gpt  # noqa: E402
 
 OUTCOMES = ("identical", "clear error", "valid input", "wrong", "hang", "traceback")
@@ -227,9 +228,9 @@ def damage_bytes(source: random.Random, content: bytes) -> bytes:
 
 
 ODD_VALUES = (
-    "", " ", "nan", "inf", "-inf", "1e999", "-1", "0", "-0.0", "1", "2", "3", "7", "0x10", "1_000", "1,2", ",", "1,,2", "1e3",
-    "9" * 30, "-" + "9" * 400, "true", "TRUE", "yes", "None", "null", "[]", "{}", "..", "/", "/dev/null", "a" * 5000,
-    "\u221e", "\u0663", "\u00bd", "é\n", "'; --", "__import__('os')", "$(id)", "%s", "\udc80", "0.5", "auto",
+    "", " ", "nan", "inf", "-inf", "1e999", "-1", "0", "-0.0", "1", "2", "3", "7", "0x10", "1_000", "1,2", ",", "1,,2",
+    "1e3", "9" * 30, "-" + "9" * 400, "true", "TRUE", "yes", "None", "null", "[]", "{}", "..", "/", "/dev/null",
+    "a" * 5000, "\u221e", "\u0663", "\u00bd", "é\n", "'; --", "__import__('os')", "$(id)", "%s", "\udc80", "0.5", "auto",
 )  # fmt: skip
 
 
@@ -308,12 +309,12 @@ def make_bed(root: Path) -> Bed:
     """Make the data and run everything once."""
     data = root / "data"
     make_data(data)
-    import build_kg
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    (data / "kg_blob.txt").write_text(build_kg.pack({i: i / len(pieces) for i in range(4, len(pieces))}, pieces))
+    importance = {i: i / len(pieces) for i in range(4, len(pieces))}
+    (data / "kg_blob.txt").write_text(build_kg.pack(importance, pieces))  # pyright: ignore[reportAttributeAccessIssue]
     graph = dict(KG_ENABLED=1, KG_PATH=data / "kg_blob.txt")
     environ = tiny_environ(data, root / "whole", **SETTINGS, **graph)
     brief = SETTINGS | graph | dict(ITERATIONS=4, CHECKPOINT_KEEP=3)

@@ -8,12 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import SCRIPT, Run, free_port, read_events, tiny_environ, train_rows
-
+from support import SCRIPT, Run, free_port, read_events, tiny_environ
 from test_resume import numbers, results
 
 # A rank's process runs the script after a patch: what a fault would do is done at a known place.

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from support import REPO, SCRIPT, Run, event, free_port, read_events, run_script, tiny_environ, train_rows
+from support import Run, event, read_events, run_script, tiny_environ, train_rows
 
-import train_gpt
-from train_gpt import CheckpointError, Health, TestTimeTrainer, Trainer, pack_state, unpack_state
+from train_gpt import Trainer
 
 RESUMABLE = dict(CHECKPOINT_SECONDS=1e-9, RESUME="auto", TTT_CHUNK_TOKENS=300, TTT_EPOCHS=1)
 
 
 def numbers(rows: list[dict[str, Any]]) -> dict[str, tuple]:
     """What training computed at each step; of a step taken twice, what it gave the last time."""
-    return {row["event"]: (row["train_loss"], row["grad_norm"], row["lr_scale"], row["qat"]) for row in train_rows(rows)}
+    names = ("train_loss", "grad_norm", "lr_scale", "qat")
+    return {row["event"]: tuple(row[name] for name in names) for row in train_rows(rows)}
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -35,11 +29,11 @@ def results(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 @pytest.fixture
-def at_step(monkeypatch) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+def at_step(monkeypatch) -> Callable[[int, Callable[[], object]], None]:
     """Have something done when training has taken so many steps."""
     one_step = Trainer.one_step
 
-    def arrange(step: int, action: Callable[[], None]) -> None:
+    def arrange(step: int, action: Callable[[], object]) -> None:
         def stepped(trainer: Trainer) -> None:
             one_step(trainer)
             if trainer.step == step:
@@ -48,7 +42,7 @@ def at_step(monkeypatch) -> Iterator[Callable[[int, Callable[[], None]], None]]:
 
         monkeypatch.setattr(Trainer, "one_step", stepped)
 
-    yield arrange
+    return arrange
 
 
 def signal_self(number: int = signal.SIGTERM) -> Callable[[], None]:
@@ -90,12 +84,13 @@ def test_a_signal_saves_and_the_rest_is_the_same_to_the_bit(
     outcome = run_main(environ)
     assert (outcome.returncode, outcome.stderr) == (128 + number, "")
     last = outcome.stdout.splitlines()[-1]
-    assert last.startswith(f"stopped signal:{number.name} step:{step} checkpoint:{tmp_path}/checkpoints/000001_step{step}.")
+    saved = f"{tmp_path}/checkpoints/000001_step{step}.safetensors"
+    assert last.startswith(f"stopped signal:{number.name} step:{step} checkpoint:{saved} ")
     assert not (tmp_path / "final_model.int6.ptz").exists()
 
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
-    assert f"resumed step:{step} from:{tmp_path}/checkpoints/000001_step{step}.safetensors" in outcome.stdout
+    assert f"resumed step:{step} from:{saved} " in outcome.stdout
     assert (tmp_path / "final_model.int6.ptz").read_bytes() == uninterrupted.artifact.read_bytes()
     rows = read_events(tmp_path / "logs" / "run.jsonl")
     assert numbers(rows) == numbers(uninterrupted.events)
@@ -106,7 +101,6 @@ def test_a_signal_saves_and_the_rest_is_the_same_to_the_bit(
     if name == "swarm":
         cycles = [line for line in text.splitlines() if line.startswith("swarm cycle:")]
         assert [line.split()[1] for line in cycles] == [f"cycle:{n}" for n in range(1, 7)]
-        assert [event(rows, f"step:{step}/20")[k] for k in ("mtp_weight",)] == [0.1]
     times = [row["train_time_ms"] for row in train_rows(rows)]
     assert times == sorted(times)  # the training clock goes on where it stood
 
@@ -128,9 +122,9 @@ def test_one_clock_over_a_restart(tiny_data, run_main, tmp_path, at_step):
     assert names.index("warmup", names.index("stopped")) < names.index("resumed")  # compiled before the clock runs
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4)])
 def test_another_world_size_goes_on_with_the_same_trajectory(whole, tmp_path, before, after):
-    """Banks have 3 or 6 rows, so two and three ranks pad and cut them differently."""
+    """Banks have 3 or 6 rows, so two and four ranks pad and cut them differently."""
     plan = whole["ema"]
     environ = plan.environ | dict(OUT_DIR=str(tmp_path), RESUME="auto", CHECKPOINT_SECONDS="1e-9", CHECKPOINT_KEEP="99")
     process = run_script(environ, before)

@@ -126,6 +126,8 @@ class Config:
     qk_gain_init: float = 1.5
     bigram_vocab_size: int = 2048
     bigram_dim: int = 128
+    bigram_start_bucket: bool = True  # of its own for position 0; else the token before it counts as 0
+    zero_init_out: bool = True  # output and down projections; else orthogonal, divided by √(2·NUM_LAYERS)
     smear_bos_mask: bool = True
     xsa_last_n: int = 4
     rope_dims: int = 16  # 0: all dimensions of a head
@@ -338,8 +340,23 @@ NOT_TRAINING = (
 
 # What a recipe sets beyond the defaults above.
 RECIPES: dict[str, dict[str, Any]] = {
-    "swarm": dict(mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, ttt_enabled=True, mixer="backoff"),
-    "leaky": dict(ttt_enabled=True),
+    "swarm": dict(  # pull request 1081
+        mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, fit_bytes=True, ttt_enabled=True, mixer="backoff",
+    ),
+    "backoff": dict(mtp_num_heads=2, fit_bytes=True, mixer="backoff-published", ngram_counts="hashed"),  # 1094
+    "leaky": dict(fit_bytes=True, ttt_enabled=True),  # 977
+    "hedge": dict(  # 700
+        num_kv_heads=8, mlp_mult=3.5, leaky_slope=0.5, bigram_vocab_size=6144, xsa_last_n=11, matrix_lr=0.025,
+        warmdown_iters=3500, qat_bits=5, late_qat_threshold=0.5, crown_q_lambda=0.01, quantizer="gptq",
+        prune_fraction=0.03, train_reserve_seconds=18.0, fit_bytes=True, ttt_enabled=True, ttt_optimizer="adamw",
+        ttt_lr=1e-4, ttt_lr_ramp=3.0, ttt_epochs=4, ttt_chunk_tokens=131_072, ttt_freeze_blocks=9, ttt_scope="last",
+        polyak_decay=0.998, ttt_byte_weighted=True, ttt_temperature=0.98, mixer="hedge",
+    ),
+    "smear": dict(  # 150
+        leaky_slope=0.0, bigram_start_bucket=False, zero_init_out=False, xsa_last_n=0, rope_dims=0, rope_base=50_000.0,
+        rope_train_len=0, ln_scale=False, ve_layers=(), matrix_lr=0.025, warmdown_iters=3000, late_qat_threshold=1.0,
+        weight_average="swa", embed_bits=16, fit_bytes=True, ttt_enabled=True,
+    ),
     "demo": dict(
         data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
         num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, ve_layers=(2,), ve_dim=32, bigram_dim=64,
@@ -1325,11 +1342,14 @@ class LayerContext(NamedTuple):
 
 
 class BigramHash(nn.Module):
-    """Embedding of (previous, current) token pairs through a hash into B-1 buckets; bucket B-1 is position 0."""
+    """Embedding of (previous, current) token pairs through a hash into B-1 buckets.
+
+    Position 0 has bucket B-1 to itself, or takes its previous token for 0 (pull request 150).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.buckets = config.bigram_vocab_size
+        self.buckets, self.start_bucket = config.bigram_vocab_size, config.bigram_start_bucket
         self.embed = nn.Embedding(self.buckets, config.bigram_dim)
         self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
         self.scale = nn.Parameter(torch.tensor(0.05))
@@ -1337,8 +1357,9 @@ class BigramHash(nn.Module):
     def bucket(self, ids: Tensor) -> Tensor:
         """Bucket of every position, same shape as `ids` (B, T)."""
         narrow = ids.to(torch.int32)
-        mixed = torch.bitwise_xor(36313 * narrow[:, 1:], 27191 * narrow[:, :-1]) % (self.buckets - 1)
-        return F.pad(mixed, (1, 0), value=self.buckets - 1)
+        previous = F.pad(narrow[:, :-1], (1, 0))
+        mixed = torch.bitwise_xor(36313 * narrow, 27191 * previous) % (self.buckets - 1)
+        return F.pad(mixed[:, 1:], (1, 0), value=self.buckets - 1) if self.start_bucket else mixed
 
 
 class SmearGate(nn.Module):
@@ -1455,15 +1476,21 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """Embeddings normal(TIED_EMBED_INIT_STD); Q, K, V, MLP-up and the bigram projection orthogonal; output and
-        down projections, the bigram table, the VE projection and the heads zero. A product of two factors starts
-        with only one of them at zero: with both, neither would ever receive a gradient."""
+        down projections as ZERO_INIT_OUT says; the bigram table, the VE projection and the heads zero. A product of
+        two factors starts with only one of them at zero: with both, neither would ever receive a gradient."""
         generator = torch.Generator().manual_seed(self.config.seed)
         L = self.config.num_layers
         for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank):
             for matrix in bank:
                 nn.init.orthogonal_(matrix, generator=generator)
-        self.qo_bank[L:].zero_()
-        self.mlp_down_bank.zero_()
+        if self.config.zero_init_out:
+            self.qo_bank[L:].zero_()
+            self.mlp_down_bank.zero_()
+        else:
+            for matrix in self.mlp_down_bank:
+                nn.init.orthogonal_(matrix, generator=generator)
+            for bank in (self.qo_bank[L:], self.mlp_down_bank):
+                bank.div_(math.sqrt(2 * L))
         self.tok_emb.weight.normal_(std=self.config.tied_embed_init_std, generator=generator)
         nn.init.orthogonal_(self.bigram.proj.weight, generator=generator)
         self.bigram.embed.weight.zero_()
@@ -1474,6 +1501,23 @@ class GPT(nn.Module):
             self.lm_head.weight.zero_()
         for parameter in self.mtp_heads.parameters():
             parameter.zero_()
+
+    def load_earlier(self, state: Mapping[str, Tensor]) -> None:
+        """Load a checkpoint of pull requests 1081 and 977 (banks), or 700 and 150 (one matrix a layer).
+
+        Raises DataError that names what is missing, left over or of another shape.
+        """
+        renamed = {name.replace("bigram_hash.emb.", "bigram.embed."): tensor for name, tensor in state.items()}
+        renamed = {name.replace("bigram_hash.", "bigram."): tensor for name, tensor in renamed.items()}
+        for bank, parts in BANK_PARTS.items():
+            names = [f"blocks.{layer}.{part}.weight" for part in parts for layer in range(self.config.num_layers)]
+            if all(name in renamed for name in names):
+                renamed[bank] = torch.stack([renamed.pop(name) for name in names])
+        try:
+            self.load_state_dict(renamed)
+        except RuntimeError as error:
+            what = " ".join(str(error).split())
+            raise DataError(f"this checkpoint is of another model than RECIPE={self.config.recipe}: {what}") from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -1598,7 +1642,11 @@ class GPT(nn.Module):
         return {name: roles.get(name, "control") for name, _ in self.named_parameters()}
 
 
-BANK_NAMES = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # largest first
+BANK_PARTS = dict(  # largest bank first, with what its parts were called where every layer had its own matrices
+    mlp_up_bank=("mlp.fc",), mlp_down_bank=("mlp.proj",),
+    qo_bank=("attn.c_q", "attn.proj"), kv_bank=("attn.c_k", "attn.c_v"),
+)  # fmt: skip
+BANK_NAMES = tuple(BANK_PARTS)
 
 
 # ----------------------------------------------------------------------------------------------------------

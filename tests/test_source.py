@@ -28,6 +28,7 @@ CONFIG_FIELDS = [
     "beta1",
     "beta2",
     "bigram_dim",
+    "bigram_start_bucket",
     "bigram_vocab_size",
     "calibration_tokens",
     "checkpoint_keep",
@@ -131,6 +132,7 @@ CONFIG_FIELDS = [
     "warmup_steps",
     "weight_average",
     "xsa_last_n",
+    "zero_init_out",
 ]
 
 

@@ -10,6 +10,7 @@ averaged weights → artifact → fresh GPT → token scores → bits per byte. 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -153,6 +154,8 @@ class Config:
     embed_bits: int = 8  # of embeddings, output head and tables over 65,536 elements; 16: fp16
     crown_q_lambda: float = 0.0  # weight of the CROWN-Q penalty while QAT is on; 0: none
     late_qat_threshold: float = 0.15  # QAT begins when the LR scale falls below this; 1: from the start
+    compressor: str = "zstd"  # of the artifact; its first bytes tell the loader
+    fit_bytes: bool = False  # an artifact above the limit is quantized anew, coarser, until it fits
     val_loss_every: int = 4000  # 0: only at the end
     train_log_every: int = 500
     quantizer: str = "lite"  # or gptq, calibrated on training data
@@ -350,6 +353,7 @@ FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
     "mlp_bits": (0, 5, 6, 7, 8),
     "embed_bits": (5, 6, 7, 8, 16),
     "quantizer": ("lite", "gptq"),
+    "compressor": ("zstd", "brotli", "lzma"),
     "ttt_optimizer": ("sgd", "adamw"),
     "ttt_scope": ("all", "last"),
     "mixer": ("none", "backoff", "backoff-published", "hedge"),
@@ -606,6 +610,10 @@ def _key_value(name: str, value: Any, digits: int) -> str:
 def code_paths() -> list[Path]:
     """The files that count as code."""
     return [CODE_DIR / name for name in CODE_FILES if (CODE_DIR / name).exists()]
+
+
+def code_bytes() -> int:
+    return sum(path.stat().st_size for path in code_paths())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1746,13 +1754,19 @@ def compile_count() -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8. Artifact: averaged weights → integers and scales → safetensors → one zstd frame; and back, from that file alone.
+# 8. Artifact: averaged weights → integers and scales → coded levels → safetensors → one zstd frame; and back.
 # ----------------------------------------------------------------------------------------------------------
-ARTIFACT_FORMAT = 1
+ARTIFACT_FORMAT = 2
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal, tried in turn
 GPTQ_BLOCK = 128  # columns whose errors reach the rest of the matrix together
 MAX_UNPACKED_BYTES = 2**30  # an artifact that claims more is not one of ours
+LZMA_MAGIC, BROTLI_MAGIC = b"\xfd7zXZ\0", b"\xce\xb2\xcf\x81"  # the latter ours to write: brotli has none
+DIGEST_FRAME = b"P*M\x18" + (32).to_bytes(4, "little")  # a zstd frame that decoders skip: SHA-256 of all before it
+SIZE_CLASSES = 48  # of levels: their expected size from 1/8 up in quarters of a doubling
+ANS_BITS = 14  # probabilities are multiples of 2^-14
+SMALLER_MODEL = "use fewer layers, a smaller MLP_MULT or BIGRAM_VOCAB_SIZE, or fewer QAT_BITS"
+ANS_FLOOR = 2**16  # a coder's state lies in [2^16, 2^32); 16-bit words enter and leave it
 
 
 def candidate_scales(weight: Tensor, grid: Grid) -> Iterator[Tensor]:
@@ -1945,22 +1959,204 @@ def calibrate(trainer: Trainer) -> Hessians:
     return factors
 
 
-def save_artifact(model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None) -> int:
-    """Quantize, pack and write atomically. Returns the file's bytes."""
+def size_classes(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Class of each level, flat, by the size codes of its row (…, R, 1) and, relative to that, its column (…, 1, C)."""
+    return (rows.astype(np.int16) + columns - 12).clip(0, SIZE_CLASSES - 1).astype(np.uint16).reshape(-1)
+
+
+def ans_tables(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Width and start of the slots of each class·256 + level byte."""
+    widths = frequencies.astype(np.int64)
+    return widths.reshape(-1), (widths.cumsum(axis=1) - widths).reshape(-1)
+
+
+def encode_levels(levels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All levels (each (…, R, C) int8) as one code with a histogram for each size class, and the sizes.
+
+    Range asymmetric numeral systems (arXiv 1311.2540): a level costs what its histogram says, where zstd's Huffman
+    codes are whole bits. Thousands of interleaved lanes (arXiv 1402.3392) make each step one of numpy's.
+    """
+    arrays, keys = {}, []
+    for name, level in sorted(levels.items()):
+        energy = np.square(level, dtype=np.float32)
+        for axis, side in ((-1, "rows"), (-2, "columns")):
+            mean = energy.mean(axis=axis, keepdims=True).clip(min=2.0**-6)
+            arrays[f"{name}.{side}"] = (np.rint(2 * np.log2(mean)) + 12).astype(np.uint8)
+            energy = energy / mean
+        classes = size_classes(arrays[f"{name}.rows"], arrays[f"{name}.columns"])
+        keys.append(classes << 8 | level.reshape(-1).view(np.uint8))
+    key = np.concatenate(keys)
+    counts = np.bincount(key, minlength=SIZE_CLASSES * 256).reshape(SIZE_CLASSES, 256)
+    spare = 2**ANS_BITS - (counts > 0).sum(axis=1, keepdims=True)
+    frequencies = counts * spare // counts.sum(axis=1, keepdims=True).clip(min=1) + (counts > 0)
+    frequencies[np.arange(SIZE_CLASSES), counts.argmax(axis=1)] += 2**ANS_BITS - frequencies.sum(axis=1)
+    widths, starts = ans_tables(frequencies)
+    lanes = min(max(len(key) // 8192, 64), 4096)
+    states, words = np.full(lanes, ANS_FLOOR), [np.empty(0, np.uint16)]
+    for begin in reversed(range(0, len(key), lanes)):
+        step = key[begin : begin + lanes]
+        state, width = states[: len(step)], widths[step]
+        full = state >> (32 - ANS_BITS) >= width
+        words.append(state[full].astype(np.uint16))
+        state[full] >>= 16
+        quotient, rest = np.divmod(state, width)
+        state[:] = (quotient << ANS_BITS) + rest + starts[step]
+    arrays |= {"ans.frequencies": frequencies.astype(np.uint16), "ans.states": states.astype(np.uint32)}
+    return arrays | {"ans.words": np.concatenate(words[::-1])}
+
+
+def decode_levels(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, torch.Size]) -> dict[str, np.ndarray]:
+    """Undo `encode_levels`. Raises KeyError, IndexError or ValueError for what it cannot have made."""
+    sizes = {name: (arrays[f"{name}.rows"], arrays[f"{name}.columns"]) for name in sorted(shapes)}
+    for name, (rows, columns) in sizes.items():
+        if np.broadcast_shapes(rows.shape, columns.shape) != shapes[name]:
+            raise ValueError(f"{name} has levels of another shape than the model")
+    classes = np.concatenate([size_classes(*sides) for sides in sizes.values()])
+    if (arrays["ans.frequencies"].sum(axis=1) != 2**ANS_BITS).any():
+        raise ValueError("the histograms of the levels do not add up")
+    widths, starts = ans_tables(arrays["ans.frequencies"])
+    symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), SIZE_CLASSES), widths)
+    states, words, position = arrays["ans.states"].astype(np.int64), arrays["ans.words"].astype(np.int64), 0
+    flat = np.empty(len(classes), np.uint8)
+    for begin in range(0, len(classes), len(states)):
+        step = classes[begin : begin + len(states)].astype(np.int64)
+        state = states[: len(step)]
+        slot = state & (2**ANS_BITS - 1)
+        flat[begin : begin + len(step)] = symbol = symbols[step << ANS_BITS | slot]
+        key = step << 8 | symbol
+        state[:] = widths[key] * (state >> ANS_BITS) + slot - starts[key]
+        low = np.flatnonzero(state < ANS_FLOOR)
+        state[low] = state[low] << 16 | words[position : position + len(low)]
+        position += len(low)
+    if position != len(words) or (states != ANS_FLOOR).any():
+        raise ValueError("the code of the levels does not come out even")
+    parts = np.split(flat.view(np.int8), np.cumsum([shapes[name].numel() for name in sizes])[:-1])
+    return {name: part.reshape(shapes[name]) for name, part in zip(sizes, parts)}
+
+
+def entropy_bound(tensors: Mapping[str, Tensor]) -> float:
+    """Bytes of the integers at their order-0 entropy: one histogram for each tensor, itself free of charge."""
+    bound = 0.0
+    for tensor in tensors.values():
+        if tensor.dtype == torch.int8:
+            counts = np.bincount(tensor.numpy().reshape(-1).view(np.uint8))
+            bound += float((counts * np.log2(tensor.numel() / counts.clip(min=1))).sum()) / 8
+    return bound
+
+
+def compress(payload: bytes, compressor: str) -> bytes:
+    """The payload at the compressor's highest level."""
+    if compressor == "brotli":
+        return BROTLI_MAGIC + require("brotli", "COMPRESSOR=brotli").compress(payload, quality=11, lgwin=24)
+    if compressor == "lzma":
+        lzma = require("lzma", "COMPRESSOR=lzma")
+        return lzma.compress(payload, preset=9 | lzma.PRESET_EXTREME)
     zstandard = require("zstandard", "packing the artifact")
-    safetensors = require("safetensors.torch", "packing the artifact")
+    return zstandard.ZstdCompressor(level=22, write_checksum=True).compress(payload)
+
+
+def decompress(stream: bytes) -> bytes:
+    """Undo `compress`, whichever compressor it was. Raises ValueError, also above MAX_UNPACKED_BYTES."""
+    most, purpose = MAX_UNPACKED_BYTES + 1, "reading this artifact"
+    fault: type[Exception] = ValueError
+    try:
+        if stream.startswith(LZMA_MAGIC):
+            lzma = require("lzma", purpose)
+            fault = lzma.LZMAError
+            payload = lzma.LZMADecompressor(memlimit=2**28).decompress(stream, most)
+        elif stream.startswith(BROTLI_MAGIC):
+            brotli = require("brotli", purpose)
+            fault = brotli.error
+            payload = brotli.Decompressor().process(stream[len(BROTLI_MAGIC) :], output_buffer_limit=most)
+        else:
+            zstandard = require("zstandard", purpose)
+            fault = zstandard.ZstdError
+            claimed = zstandard.get_frame_parameters(stream).content_size
+            payload = zstandard.ZstdDecompressor().decompress(stream) if claimed < most else b""
+    except fault as error:
+        raise ValueError(str(error)) from error
+    if not 0 < len(payload) < most:
+        raise ValueError(f"it is empty, or claims more than {MAX_UNPACKED_BYTES} bytes of content")
+    return payload
+
+
+def seal(stream: bytes) -> bytes:
+    """Add what tells every changed, missing or added byte, for compressors without a checksum too."""
+    return stream + DIGEST_FRAME + hashlib.sha256(stream).digest()
+
+
+def shuffle_bytes(array: np.ndarray, undo: bool = False) -> np.ndarray:
+    """The same shape and type with bytes of one significance side by side, where a compressor profits from them."""
+    parts = array.reshape(-1).view(np.uint8).reshape((array.itemsize, -1) if undo else (-1, array.itemsize))
+    return parts.T.copy().reshape(-1).view(array.dtype).reshape(array.shape)
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], compressor: str) -> bytes:
+    """The artifact's bytes for what `quantize` made: the same for the same tensors."""
+    safetensors = require("safetensors.numpy", "packing the artifact")
+    levels = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.int8}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items() if name not in levels}
+    arrays |= encode_levels(levels) if levels else {}
+    # One entry: safetensors writes several in a random order, and the same weights would make different files.
+    header = {"train_gpt": json.dumps(metadata, sort_keys=True)}
+    payload = safetensors.save({name: shuffle_bytes(array) for name, array in arrays.items()}, header)
+    return seal(compress(payload, compressor))
+
+
+def fit_artifact(
+    make: Callable[[QuantizeOptions], dict[str, Tensor]],
+    pack: Callable[[Mapping[str, Tensor]], bytes],
+    options: QuantizeOptions,
+    limit: int,
+    log: RunLog | None = None,
+) -> tuple[QuantizeOptions, dict[str, Tensor], bytes]:
+    """`options` if their artifact has at most `limit` bytes, else the next coarser that do: clips widened step by
+    step to 2.7 times the width, then up to 90 % of the weights pruned as well.
+
+    Entropy compares candidates, packing only confirms. Raises ArtifactError when even the coarsest are too large.
+    """
+    widths = [(options.clip_std or 3.0) * 1.01**rung for rung in range(1, 101)]
+    fractions = [percent / 100 for percent in range(1, 91) if percent / 100 > options.prune_fraction]
+    ladder = [dataclasses.replace(options, clip_std=width) for width in widths]
+    ladder += [dataclasses.replace(ladder[-1], prune_fraction=fraction) for fraction in fractions]
+    tensors, rung = make(options), -1
+    packed = pack(tensors)
+    while len(packed) > limit:
+        if options == ladder[-1]:
+            too_much = f"{len(packed) - limit} bytes too many of the {limit} left for the artifact"
+            raise ArtifactError(f"FIT_BYTES=1 leaves {too_much} even with {options}; {SMALLER_MODEL}")
+        allowed = entropy_bound(tensors) - (len(packed) - limit)
+        fits = functools.partial(lambda most, coarser: entropy_bound(make(coarser)) <= most, allowed)
+        rung = bisect.bisect_left(ladder[:-1], True, rung + 1, key=fits)
+        options = ladder[rung]
+        tensors = make(options)
+        before, packed = len(packed), pack(tensors)
+        if log is not None:
+            log.row("fit_bytes", before=before, after=len(packed), limit=limit, **dataclasses.asdict(options))
+    return options, tensors, packed
+
+
+def save_artifact(
+    model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None, log: RunLog | None = None
+) -> int:
+    """Quantize, pack and write atomically. Returns the file's bytes. Raises ArtifactError."""
+    config = model.config
     metadata = {
         "format": ARTIFACT_FORMAT,
-        "config": model.config.portable().to_json(),
+        "config": config.portable().to_json(),
         "plan": model.plan,
         "tokenizer": tokenizer_digest,
         "code": code_digest(),
     }
-    # One entry: safetensors writes several in a random order, and the same weights would make different files.
-    header = {"train_gpt": json.dumps(metadata, sort_keys=True)}
-    tensors = quantize(model.state_dict(), model.plan, QuantizeOptions.of(model.config), hessians)
-    payload = safetensors.save(tensors, header)
-    packed = zstandard.ZstdCompressor(level=22, write_checksum=True, threads=0).compress(payload)
+    make = functools.partial(quantize, model.state_dict(), model.plan, hessians=hessians)
+    pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
+    limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
+    options, tensors, packed = fit_artifact(make, pack, QuantizeOptions.of(config), limit, log)
+    if log is not None:
+        bound = entropy_bound(tensors)
+        share = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
+        shown = {"payload": share, "entropy_bound": round(bound), "ratio": share / bound}
+        log.row("packing", **shown, **dataclasses.asdict(options))
     temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1979,30 +2175,37 @@ def save_artifact(model: GPT, tokenizer_digest: str, path: Path, hessians: Hessi
 
 def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple[GPT, Config, dict[str, Any]]:
     """(model on CPU, its config, metadata) from the file alone; nothing is unpickled. Raises ArtifactError."""
-    zstandard = require("zstandard", "reading the artifact")
-    safetensors = require("safetensors.torch", "reading the artifact")
-    advice = "it is truncated, altered or no artifact of this project; train again or fetch it again"
+    safetensors = require("safetensors.numpy", "reading the artifact")
+    advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
     try:
         packed = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
+    stream = packed[: -len(seal(b""))]
+    if seal(stream) != packed:
+        raise ArtifactError(f"{path} does not end in its own SHA-256: {advice}")
     try:
-        if zstandard.get_frame_parameters(packed).content_size > MAX_UNPACKED_BYTES:
-            raise ArtifactError(f"{path} claims more than {MAX_UNPACKED_BYTES} bytes of content; {advice}")
-        payload = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+        payload = decompress(stream)
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         metadata = json.loads(header["__metadata__"]["train_gpt"])
-        tensors = safetensors.load(payload)
         if metadata["format"] != ARTIFACT_FORMAT:
             raise ArtifactError(f"{path} has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
         config = Config.from_json(metadata["config"])
-        model = GPT(config, attend, initialize=False)
+        with torch.device("meta"):  # shapes alone: a config that asks for too much must cost nothing
+            model = GPT(config, attend, initialize=False)
         if metadata["plan"] != model.plan:
             raise ArtifactError(f"{path} stores its tensors in another way than its config asks for: {advice}")
-        model.load_state_dict(dequantize(tensors, model.plan))
-    except (zstandard.ZstdError, importlib.import_module("safetensors").SafetensorError) as error:
+        shapes = {name: model.get_parameter(name).shape for name in model.plan}
+        if sum(shape.numel() for shape in shapes.values()) > MAX_UNPACKED_BYTES:
+            raise ArtifactError(f"{path} claims more than {MAX_UNPACKED_BYTES} weights; {advice}")
+        arrays = {name: shuffle_bytes(a, undo=True) for name, a in safetensors.load(payload).items()}
+        coded = {f"{name}.levels": shapes[name] for name, codec in model.plan.items() if grid_of(codec)}
+        arrays |= decode_levels(arrays, coded)
+        state = dequantize({name: torch.from_numpy(array) for name, array in arrays.items()}, model.plan)
+        model.load_state_dict(state, assign=True)
+    except importlib.import_module("safetensors").SafetensorError as error:
         raise ArtifactError(f"{path} cannot be decoded: {advice}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ArtifactError(f"{path} has unexpected content ({what}): {advice}") from error
     return model, config, metadata
@@ -2015,15 +2218,15 @@ def code_digest() -> str:
 
 def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     """Log what counts against the limit. Raises ArtifactError, before any evaluation, when it is too much."""
-    code_bytes = sum(path.stat().st_size for path in code_paths())
-    total = code_bytes + artifact_bytes
+    code = code_bytes()
+    total = code + artifact_bytes
     log.row("artifact_bytes", text=f"Serialized model {label}: {artifact_bytes} bytes", bytes=artifact_bytes)
-    log.row("code_bytes", text=f"Code size: {code_bytes} bytes", bytes=code_bytes, files=[p.name for p in code_paths()])
+    log.row("code_bytes", text=f"Code size: {code} bytes", bytes=code, files=[p.name for p in code_paths()])
     log.row("total_bytes", text=f"Total submission size {label}: {total} bytes", bytes=total, limit=SIZE_LIMIT_BYTES)
     if total > SIZE_LIMIT_BYTES:
         raise ArtifactError(
-            f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; "
-            "use fewer layers, a smaller MLP_MULT or BIGRAM_VOCAB_SIZE, or fewer QAT_BITS"
+            f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; set FIT_BYTES=1 for coarser "
+            f"integers, or {SMALLER_MODEL}"
         )
 
 
@@ -2851,10 +3054,10 @@ def train_artifact(
     loader.close()
     if runtime.is_main:
         began = time.perf_counter()
-        size = save_artifact(model, tokenizer.digest, config.artifact_path, hessians)
+        size = save_artifact(model, tokenizer.digest, config.artifact_path, hessians, log)
         shown = dict(quantizer="gptq" if hessians else "lite", artifact=str(config.artifact_path))
         log.row("quantization", time_s=time.perf_counter() - began, **shown)
-        log_ledger(log, size, f"{config.bits_label}+zstd")
+        log_ledger(log, size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
 
 
@@ -2875,6 +3078,8 @@ def run(config: Config, runtime: Runtime) -> Score:
     model, _, metadata = load_artifact(config.artifact_path, attend)
     if metadata["tokenizer"] != tokenizer.digest:
         raise ArtifactError(f"{config.artifact_path} needs another tokenizer than {config.tokenizer_path}")
+    if metadata["code"] != code_digest():
+        log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
     result = evaluate(model.to(runtime.device), config, runtime, log, validation)
     note = " ".join(filter(None, (validation.note, result.note)))
     log.row("final_int8_zlib_roundtrip_exact", note, **result.headline(), valid=result.valid)

@@ -2407,8 +2407,8 @@ BANK_INPUTS = dict(  # what the rows of a bank are multiplied with, by the names
 def calibrate(trainer: Trainer) -> Hessians:
     """Hessians X·Xᵀ of every bank from the training tokens right after those of the last step, over all ranks.
 
-    Runs on the training clock: no batch is begun that would not end before MAX_WALLCLOCK_SECONDS. Where not even one
-    fits, the result is empty and rounding stays plain.
+    Reading training data runs on the training clock: no batch is begun that, as long as the one before, would not end
+    within MAX_WALLCLOCK_SECONDS. Where not even one fits, the result is empty and rounding stays plain.
     """
     config, runtime, clock = trainer.config, trainer.runtime, trainer.clock
     sums: dict[str, Tensor] = {}
@@ -2431,14 +2431,15 @@ def calibrate(trainer: Trainer) -> Hessians:
         before_s, now_s = now_s, clock.agreed()[0]
         batch_s = now_s - before_s
     moments = {name: runtime.all_reduce_sum(total) / max(tokens, 1) for name, total in sums.items()}
-    banks = BANK_INPUTS.items() if tokens else ()
+    clock.pause()  # what follows reads no training data
+    factors_began, banks = time.perf_counter(), BANK_INPUTS.items() if tokens else ()
     factors = {bank: factorize(torch.cat([moments[name] for name in inputs])) for bank, inputs in banks}
-    clock.pause()
+    runtime.synchronize()
     damping = torch.cat([factor.damping for factor in factors.values()]) if factors else torch.empty(0)
     trainer.log.row(
         "calibration", tokens=tokens, time_s=clock.total_s - began_s, train_and_calibration_s=clock.total_s,
-        budget_s=config.max_wallclock_seconds, more_damping=int((damping > DAMPING[0]).sum()),
-        without_factor=int(damping.isinf().sum()),
+        budget_s=config.max_wallclock_seconds, factors_s=time.perf_counter() - factors_began,
+        more_damping=int((damping > DAMPING[0]).sum()), without_factor=int(damping.isinf().sum()),
     )  # fmt: skip
     return factors
 

@@ -2600,7 +2600,8 @@ def fit_artifact(
 
     Entropy compares candidates, packing only confirms. Raises ArtifactError when even the coarsest are too large.
     """
-    widths = [(options.clip_std or 3.0) * 1.01**rung for rung in range(1, 101)]
+    # Below about 5 deviations a clip cuts outliers off and saves nothing: both the error and the entropy grow.
+    widths = [(options.clip_std or 5.0) * 1.01**rung for rung in range(1, 101)]
     fractions = [percent / 100 for percent in range(1, 91) if percent / 100 > options.prune_fraction]
     ladder = [dataclasses.replace(options, clip_std=width) for width in widths]
     ladder += [dataclasses.replace(ladder[-1], prune_fraction=fraction) for fraction in fractions]

@@ -58,7 +58,8 @@ def test_every_blocks_output(model, batch):
         model.logits(batch[0])
     for hook in hooks:
         hook.remove()
-    np.testing.assert_allclose([out.square().mean().sqrt().item() for out in outputs], arrays["block_out_rms"], rtol=2e-6)
+    rms = [out.square().mean().sqrt().item() for out in outputs]
+    np.testing.assert_allclose(rms, arrays["block_out_rms"], rtol=2e-6)
     last = np.stack([out[1, 95].numpy() for out in outputs])
     np.testing.assert_allclose(last, arrays["block_out_1_95"], rtol=0, atol=5e-5)
 

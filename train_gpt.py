@@ -10,10 +10,12 @@ averaged weights → artifact → fresh GPT → token scores → bits per byte. 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import importlib
 import itertools
@@ -167,10 +169,22 @@ class Config:
     ema_decay: float = 0.997
     swa_every: int = 50
     swa_start_scale: float = 0.5  # SWA collects while the LR scale is below this
-    qat_bits: int = 6  # 0: no quantization-aware training
+    qat_bits: int = 6  # of the banks, in training and in the artifact; 0: no QAT, and 6 bits in the artifact
+    attn_bits: int = 0  # of the attention banks; 0: as QAT_BITS says
+    mlp_bits: int = 0  # of the MLP banks; 0: as QAT_BITS says
+    embed_bits: int = 8  # of embeddings, output head and tables over 65,536 elements; 16: fp16
+    crown_q_lambda: float = 0.0  # weight of the CROWN-Q penalty while QAT is on; 0: none
     late_qat_threshold: float = 0.15  # QAT begins when the LR scale falls below this; 1: from the start
+    compressor: str = "zstd"  # of the artifact; its first bytes tell the loader
+    fit_bytes: bool = False  # an artifact above the limit is quantized anew, coarser, until it fits
     val_loss_every: int = 4000  # 0: only at the end
     train_log_every: int = 500
+    quantizer: str = "lite"  # or gptq, calibrated on training data
+    train_reserve_seconds: float = 0.0  # the part of MAX_WALLCLOCK_SECONDS that is kept for calibration
+    calibration_tokens: int = 262_144  # over all ranks, right after those of the last training step
+    clip_std: float = 0.0  # banks are clipped at this many standard deviations of a row; 0: best quantile of each row
+    embed_clip_std: float = 0.0  # the same for embeddings, output head and tables
+    prune_fraction: float = 0.0  # of every bank, the smallest weights become zero
     val_tokens: int = 0  # 0: all; otherwise only the first N targets, and every result says `partial`
 
     eval_seq_len: int = 2048
@@ -238,6 +252,7 @@ class Config:
             _expect(getattr(self, name) in allowed, self, name, "one of " + ", ".join(map(str, allowed)))
         heads, layers, rotated = self.num_heads, self.num_layers, self.rope_dims or self.head_dim
         frozen = self.ttt_freeze_blocks if self.ttt_enabled else 0
+        cap, reserve = self.max_wallclock_seconds, self.max_wallclock_seconds and self.train_reserve_seconds
         rules = (
             (self.model_dim % heads == 0, "model_dim", f"a multiple of NUM_HEADS={heads}"),
             (self.head_dim % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -260,6 +275,8 @@ class Config:
             ),
             (self.alpha_base + self.alpha_range <= 1, "alpha_range", f"at most 1 - ALPHA_BASE={self.alpha_base:g}"),
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0, "ngram_buckets", "a power of two"),
+            (reserve == 0 or reserve < cap, "train_reserve_seconds", f"less than MAX_WALLCLOCK_SECONDS={cap:g}"),
+            (reserve > 0 or not cap or self.quantizer == "lite", "train_reserve_seconds", "above 0 for QUANTIZER=gptq"),
             (frozen <= layers, "ttt_freeze_blocks", f"at most NUM_LAYERS={layers}"),
             (self.mtp_num_heads < self.train_seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={self.train_seq_len}"),
             (
@@ -291,6 +308,22 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def training_seconds(self) -> float:
+        """What the cap leaves for the training loop; 0: no cap."""
+        return self.max_wallclock_seconds and self.max_wallclock_seconds - self.train_reserve_seconds
+
+    @property
+    def bank_bits(self) -> dict[str, int]:
+        """Bits of each bank's weights in the artifact."""
+        attention, mlp = (bits or self.qat_bits or 6 for bits in (self.attn_bits, self.mlp_bits))
+        return dict(mlp_up_bank=mlp, mlp_down_bank=mlp, qo_bank=attention, kv_bank=attention)
+
+    @property
+    def bits_label(self) -> str:
+        """What result lines call the banks' bits: `int6`, or `int5_6` where attention and MLP differ."""
+        return "int" + "_".join(str(bits) for bits in sorted(set(self.bank_bits.values())))
+
+    @property
     def artifact_path(self) -> Path:
         return Path(self.artifact) if self.artifact else Path(self.out_dir) / "final_model.int6.ptz"
 
@@ -300,7 +333,8 @@ RESTART_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume")
 NOT_TRAINING = (
     *RESTART_FIELDS, "run_id", "out_dir", "data_path", "tokenizer_path", "kg_path", "artifact", "device", "attention",
     "compile", "warmup_steps", "micro_batch_tokens", "train_log_every", "val_", "eval_", "ttt_", "polyak_decay",
-    "mixer", "ngram_", "alpha_", "entropy_expert",
+    "mixer", "ngram_", "alpha_", "entropy_expert", "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes",
+    "compressor",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -331,7 +365,9 @@ FIELD_RANGES: dict[str, tuple[float, float]] = dict(
     muon_momentum_warmup_steps=(0, 10**9), muon_wd=(0, 1), adam_wd=(0, 1), beta1=(0, 0.9999), beta2=(0, 0.999999),
     adam_eps=(1e-20, 1), grad_clip_norm=(0, 1e6), checkpoint_seconds=(0, 1e7), checkpoint_keep=(1, 1000),
     swarm_every=(1, 10**9), kg_init_scale=(0, 10), kg_weight=(0, 1), ema_decay=(0, 0.999999), swa_every=(1, 10**9),
-    swa_start_scale=(0, 1), late_qat_threshold=(0, 1), val_loss_every=(0, 10**9), train_log_every=(1, 10**9),
+    swa_start_scale=(0, 1), late_qat_threshold=(0, 1), crown_q_lambda=(0, 1e12), train_reserve_seconds=(0, 1e7),
+    calibration_tokens=(1, 2**40), clip_std=(0, 1000), embed_clip_std=(0, 1000), prune_fraction=(0, 0.95),
+    val_loss_every=(0, 10**9), train_log_every=(1, 10**9),
     val_tokens=(0, 2**40), eval_seq_len=(2, 2**20), eval_stride=(1, 2**20), eval_batch_seqs=(1, 65_536),
     ttt_lr=(0, 10), ttt_lr_ramp=(0, 100), ttt_momentum=(0, 0.9999), ttt_epochs=(1, 1000), polyak_decay=(0, 0.999999),
     ttt_chunk_tokens=(1, 2**40), ttt_freeze_blocks=(0, 64), ttt_batch_seqs=(1, 65_536), ttt_grad_clip=(0, 1e6),
@@ -343,6 +379,11 @@ FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
     "attention": ("auto", "fa3", "fa2", "cudnn", "sdpa"),
     "weight_average": ("ema", "swa", "none"),
     "qat_bits": (0, 5, 6, 7, 8),
+    "attn_bits": (0, 5, 6, 7, 8),
+    "mlp_bits": (0, 5, 6, 7, 8),
+    "embed_bits": (5, 6, 7, 8, 16),
+    "quantizer": ("lite", "gptq"),
+    "compressor": ("zstd", "brotli", "lzma"),
     "ttt_optimizer": ("sgd", "adamw"),
     "ttt_scope": ("all", "last"),
     "mixer": ("none", "backoff", "backoff-published", "hedge"),
@@ -659,13 +700,18 @@ def _key_value(name: str, value: Any, digits: int) -> str:
     if name.endswith("_s"):
         return f"{name[:-2]}:{value:.1f}s"
     if isinstance(value, float):
-        return f"{name}:{value:.{digits}f}"
+        tiny = 0 < abs(value) < 10.0**-digits
+        return f"{name}:{value:.3g}" if tiny else f"{name}:{value:.{digits}f}"
     return f"{name}:{value}"
 
 
 def code_paths() -> list[Path]:
     """The files that count as code."""
     return [CODE_DIR / name for name in CODE_FILES if (CODE_DIR / name).exists()]
+
+
+def code_bytes() -> int:
+    return sum(path.stat().st_size for path in code_paths())
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -1076,11 +1122,18 @@ class Grid:
     """Symmetric integers of `bits` bits with one fp16 scale a row; rows are the last axis, any number of axes."""
 
     bits: int
+    clip_std: float = 0.0  # rows are clipped at this many of their standard deviations; 0: at their largest weight
     SMALLEST_SCALE = 2.0**-24  # the least positive fp16: only keeps an all-zero row from dividing by zero
 
     @property
     def qmax(self) -> int:
         return 2 ** (self.bits - 1) - 1
+
+    def clip(self, weight: Tensor) -> Tensor:
+        """Where each row is clipped, (…, 1). A standard deviation is taken about zero, as the levels are."""
+        if self.clip_std:
+            return self.clip_std * weight.float().square().mean(dim=-1, keepdim=True).sqrt()
+        return weight.float().abs().amax(dim=-1, keepdim=True)
 
     def scale(self, clip: Tensor) -> Tensor:
         """fp16 scale for rows clipped at `clip` (…, 1): the clip value lands on level qmax."""
@@ -1094,28 +1147,30 @@ class Grid:
         return levels.float() * scale.float()
 
     def round_trip(self, weight: Tensor) -> Tensor:
-        """decode(encode(weight)) with the whole row inside the clip."""
-        scale = self.scale(weight.detach().abs().amax(dim=-1, keepdim=True))
+        """decode(encode(weight)) by this grid's own clip."""
+        scale = self.scale(self.clip(weight))
         return self.decode(self.encode(weight, scale), scale)
 
 
-@torch.library.custom_op("train_gpt::fake_quantize", mutates_args=(), schema="(Tensor weight, int bits) -> Tensor")
-def fake_quantize(weight: Tensor, bits: int) -> Tensor:
+@torch.library.custom_op(
+    "train_gpt::fake_quantize", mutates_args=(), schema="(Tensor weight, int bits, float clip_std=0.0) -> Tensor"
+)
+def fake_quantize(weight: Tensor, bits: int, clip_std: float = 0.0) -> Tensor:
     """The weight as the artifact would hold it; the gradient passes straight through (arXiv 1308.3432).
 
     An operator of its own, so that no compiler fuses the rounding of the scale to fp16 away, and not written as
     w + (q - w).detach(): that sum rounds. Either way the value would no longer be the decoded one.
     """
-    return Grid(bits).round_trip(weight).to(weight.dtype)
+    return Grid(bits, clip_std).round_trip(weight).to(weight.dtype)
 
 
-@fake_quantize.register_fake
-def _fake_quantize_shape(weight: Tensor, bits: int) -> Tensor:  # noqa: ARG001 (the operator's signature)
+@fake_quantize.register_fake  # pyright: ignore[reportFunctionMemberAccess]
+def _fake_quantize_shape(weight: Tensor, bits: int, clip_std: float = 0.0) -> Tensor:  # noqa: ARG001 (its signature)
     return torch.empty_like(weight)
 
 
-def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG001
-    return grad, None
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG001
+    return grad, None, None
 
 
 torch.library.register_autograd("train_gpt::fake_quantize", _straight_through)
@@ -1125,17 +1180,41 @@ PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors a
 
 def export_plan(model: GPT) -> dict[str, str]:
     """How the artifact stores each tensor: `int5`…`int8`, `fp16` or `fp32`; QAT follows it. No MTP heads."""
-    codecs = {"bank": f"int{model.config.qat_bits or 6}"} | dict.fromkeys(ALWAYS_INT8_ROLES, "int8")
+    bank_bits, embed_bits = model.config.bank_bits, model.config.embed_bits
+    embedding = "fp16" if embed_bits == 16 else f"int{embed_bits}"
     plan = {}
     for name, role in model.parameter_roles().items():
         shape = model.get_parameter(name).shape
-        small = "fp32" if len(shape) < 2 else "fp16"
-        if role != "mtp_head":
-            plan[name] = codecs.get(role, "int8" if shape.numel() > PASSTHROUGH_MAX_ELEMENTS else small)
+        small = shape.numel() <= PASSTHROUGH_MAX_ELEMENTS and role not in EMBEDDING_ROLES
+        if role == "bank":
+            plan[name] = f"int{bank_bits[name]}"
+        elif role != "mtp_head":
+            plan[name] = embedding if not small else "fp32" if len(shape) < 2 else "fp16"
     return plan
 
 
-ALWAYS_INT8_ROLES = ("tied_embedding", "untied_embedding", "output_head")
+def grid_of(codec: str, clip_std: float = 0.0) -> Grid | None:
+    """The grid of a codec `intN`; None where no integers are stored."""
+    return Grid(int(codec.removeprefix("int")), clip_std) if codec.startswith("int") else None
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What may still be chosen when the plan is fixed; the fields are those of Config."""
+
+    clip_std: float = 0.0
+    embed_clip_std: float = 0.0
+    prune_fraction: float = 0.0
+
+    @classmethod
+    def of(cls, config: Config) -> QuantizeOptions:
+        return cls(config.clip_std, config.embed_clip_std, config.prune_fraction)
+
+    def grid(self, name: str, codec: str) -> Grid | None:
+        return grid_of(codec, self.clip_std if name in BANK_NAMES else self.embed_clip_std)
+
+
+EMBEDDING_ROLES = ("tied_embedding", "untied_embedding", "output_head")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1236,6 +1315,9 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
+Probe = Callable[[str, int, Tensor], None]  # (name of an input of matrices, layer, the input (B, T, in))
+
+
 class LayerContext(NamedTuple):
     """What a layer needs besides its input and weights."""
 
@@ -1243,6 +1325,13 @@ class LayerContext(NamedTuple):
     sin: Tensor
     value_embed: Tensor | None
     attend: Attention
+    layer: int
+    probe: Probe | None  # None leaves no trace in a compiled graph
+
+    def show(self, name: str, x: Tensor) -> None:
+        """Let the probe see what a matrix is about to be multiplied with."""
+        if self.probe is not None:
+            self.probe(name, self.layer, x)
 
 
 class BigramHash(nn.Module):
@@ -1298,6 +1387,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, weights: LayerWeights, context: LayerContext) -> Tensor:
         B, T, _ = x.shape
+        context.show("attn_in", x)
         q = F.linear(x, weights.q).view(B, T, -1, self.head_dim)
         k = F.linear(x, weights.k).view(B, T, -1, self.head_dim)
         v = F.linear(x, weights.v)
@@ -1307,7 +1397,9 @@ class SelfAttention(nn.Module):
         y = context.attend(q, k, v)
         if self.use_xsa:
             y = remove_own_value(y, v)
-        return F.linear(y.reshape(B, T, -1), weights.out)
+        y = y.reshape(B, T, -1)
+        context.show("attn_out", y)
+        return F.linear(y, weights.out)
 
 
 class Block(nn.Module):
@@ -1327,7 +1419,10 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         attended = self.attn(rms_norm(x) * self.norm_scale, weights, context)
         x = x + self.attn_scale.to(x.dtype) * attended
-        hidden = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, weights.up), self.leaky_slope).square()
+        mlp_in = rms_norm(x) * self.norm_scale
+        context.show("mlp_in", mlp_in)
+        hidden = F.leaky_relu(F.linear(mlp_in, weights.up), self.leaky_slope).square()
+        context.show("mlp_hidden", hidden)
         return x + self.mlp_scale.to(x.dtype) * F.linear(hidden, weights.down)
 
 
@@ -1362,6 +1457,8 @@ class GPT(nn.Module):
             nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.mtp_num_heads)
         )
         self.plan = export_plan(self)
+        options = QuantizeOptions.of(config)
+        self.grids = {name: options.grid(name, codec) for name, codec in self.plan.items()}
         if initialize:
             self._init_weights()
 
@@ -1396,9 +1493,9 @@ class GPT(nn.Module):
 
     def _weight(self, name: str, qat: bool) -> Tensor:
         """A matrix in the compute dtype; with QAT as the artifact's integers would give it back."""
-        weight, codec = self.get_parameter(name), self.plan[name]
-        if qat and codec.startswith("int"):
-            weight = fake_quantize(weight, int(codec.removeprefix("int")))
+        weight, grid = self.get_parameter(name), self.grids[name]
+        if qat and grid is not None:
+            weight = fake_quantize(weight, grid.bits, grid.clip_std)
         return weight.to(self.dtype)
 
     def _layer_weights(self, qat: bool) -> list[LayerWeights]:
@@ -1420,7 +1517,7 @@ class GPT(nn.Module):
         scales = zip(self.config.ve_layers, self.ve_layer_scales)
         return {layer: shared * scale.to(self.dtype) for layer, scale in scales}
 
-    def forward_hidden(self, ids: Tensor, qat: bool = False) -> tuple[Tensor, Tensor]:
+    def forward_hidden(self, ids: Tensor, qat: bool = False, probe: Probe | None = None) -> tuple[Tensor, Tensor]:
         """The trunk: ids (B, T) → normalised hidden states (B, T, D) and the output matrix (V, D)."""
         token_table = self._weight("tok_emb.weight", qat)
         x = x0 = self._embed(ids, token_table, qat)
@@ -1432,7 +1529,8 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer >= self.num_encoder_layers and skips:
                 x = x + skip_weights[layer - self.num_encoder_layers] * skips.pop()
-            x = block(x, x0, weights[layer], LayerContext(cos, sin, value_embeds.get(layer), self.attend))
+            context = LayerContext(cos, sin, value_embeds.get(layer), self.attend, layer, probe)
+            x = block(x, x0, weights[layer], context)
             if layer < self.num_encoder_layers:
                 skips.append(x)
         head = token_table if self.config.tie_embeddings else self._weight("lm_head.weight", qat)
@@ -1468,6 +1566,17 @@ class GPT(nn.Module):
             logits = self._softcapped(hidden[:, : -k - 1], mtp_head)
             further = further + F.cross_entropy(logits.flatten(0, 1), targets[:, k + 1 :].flatten())
         return main, weighted, further / max(1, len(self.mtp_heads))
+
+    def crown_q(self) -> Tensor:
+        """CROWN-Q (pull request 700): w²·δ²/12, the mean over all weights of the banks, δ = clip/qmax the row's step.
+
+        One mean over all, so that a weight counts the same in every bank. δ is not detached: the row's largest weight
+        sets the step of all the others, and the gradient that shrinks it is the part that makes rows cheaper to round.
+        """
+        grids = [(name, grid) for name, grid in self.grids.items() if grid is not None and name in BANK_NAMES]
+        banks = [(self.get_parameter(name).float(), grid) for name, grid in grids]
+        sums = [(w.square().sum(-1, keepdim=True) * (grid.clip(w) / grid.qmax).square()).sum() for w, grid in banks]
+        return torch.stack(sums).sum() / (12 * sum(w.numel() for w, _ in banks))
 
     def token_scores(
         self, ids: Tensor, targets: Tensor, tail: int, temperature: float = 1.0
@@ -1693,8 +1802,8 @@ class Optimizers:
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
     """1, then linear to 0 over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
     remaining = float(config.iterations - step)
-    if config.max_wallclock_seconds > 0 and step > 0 and elapsed_s > 0:
-        remaining = min(remaining, (config.max_wallclock_seconds - elapsed_s) / (elapsed_s / step))
+    if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
+        remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
     return min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
 
 
@@ -1838,9 +1947,12 @@ class Trainer:
         self.loss_history: list[float] = []
         losses = self.model.training_losses
         self.losses = torch.compile(losses, dynamic=False, fullgraph=True) if self.compiled else losses
+        crown_q = self.model.crown_q
+        self.crown_q = torch.compile(crown_q, dynamic=False, fullgraph=True) if self.compiled else crown_q
         self.train_loss = torch.zeros((), device=self.runtime.device)
         # What the host may look at between steps: copied without waiting, so on CUDA it can be some steps old.
         self.seen = torch.zeros(3, pin_memory=self.runtime.device.type == "cuda")
+        self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
 
     def qat_due(self, lr_scale: float) -> bool:
         threshold = self.config.late_qat_threshold
@@ -1869,7 +1981,11 @@ class Trainer:
             main, weighted, further = self.losses(ids, targets, self.controls.qat, token_weights)
             ((weighted + self.controls.mtp_weight * further) * share).backward()
             train_loss += main.detach() / len(batches)
-        self.train_loss = train_loss
+        self.train_loss, self.crown_q_loss = train_loss, None
+        if self.controls.qat and self.config.crown_q_lambda > 0:  # a graph of its own, and once a step
+            crown_q = self.config.crown_q_lambda * self.crown_q()
+            (crown_q / self.runtime.world_size).backward()
+            self.crown_q_loss = crown_q.detach()
         momentum = muon_momentum_at(self.config, step)
         return self.optimizers.step(lr_scale, momentum, self.controls.clip_norm)
 
@@ -1904,11 +2020,13 @@ class Trainer:
         return dict(train_time_ms=train_time_ms, step_avg_ms=train_time_ms / max(self.step, 1))
 
     def log_qat(self, lr_scale: float) -> None:
-        self.log.row("qat_on", step=self.step, lr_scale=lr_scale, bits=self.config.qat_bits)
+        self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=self.config.bits_label)
 
     def log_step(self, grad_norm: Tensor, lr_scale: float) -> None:
         """Read the losses back and log them: with the swarm's votes, a step's only host synchronisation."""
         controls: dict[str, Any] = dataclasses.asdict(self.controls) | {"qat": int(self.controls.qat)}
+        if self.crown_q_loss is not None:
+            controls["crown_q"] = self.crown_q_loss.item()
         self.log.row(
             f"step:{self.step}/{self.config.iterations}", train_loss=self.global_train_loss(),
             **self._timing(), lr_scale=lr_scale, grad_norm=grad_norm.item(), **controls,
@@ -1925,7 +2043,7 @@ class Trainer:
         metrics = swarm_agents.TrainingMetrics(
             step=self.step, total_steps=config.iterations, train_loss=self.loss_history[-1],
             loss_history=tuple(self.loss_history), grad_norm=grad_norm.item(),
-            elapsed_ms=1000 * self.elapsed_s, max_wallclock_ms=1000 * config.max_wallclock_seconds,
+            elapsed_ms=1000 * self.elapsed_s, max_wallclock_ms=1000 * config.training_seconds,
             current_lr_scale=lr_scale, qat_enabled=controls.qat, kg_weight=controls.kg_weight,
             mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm,
         )  # fmt: skip
@@ -2034,7 +2152,7 @@ class Trainer:
         self.clock.start()
         while True:
             signalled = self.look_around()
-            capped = 0 < config.max_wallclock_seconds <= self.elapsed_s
+            capped = 0 < config.training_seconds <= self.elapsed_s
             last = self.step >= config.iterations or capped
             due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step > 0
             if last or due:
@@ -2092,52 +2210,155 @@ def compile_count() -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8. Artifact: averaged weights → integers and scales → safetensors → one zstd frame; and back, from that file alone.
+# 8. Artifact: averaged weights → integers and scales → coded levels → safetensors → one zstd frame; and back.
 # ----------------------------------------------------------------------------------------------------------
-ARTIFACT_FORMAT = 1
+ARTIFACT_FORMAT = 2
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal, tried in turn
+GPTQ_BLOCK = 128  # columns whose errors reach the rest of the matrix together
 MAX_UNPACKED_BYTES = 2**30  # an artifact that claims more is not one of ours
+LZMA_MAGIC, BROTLI_MAGIC = b"\xfd7zXZ\0", b"\xce\xb2\xcf\x81"  # the latter ours to write: brotli has none
+DIGEST_FRAME = b"P*M\x18" + (32).to_bytes(4, "little")  # a zstd frame that decoders skip: SHA-256 of all before it
+SIZE_CLASSES = 48  # of levels: their expected size from 1/8 up in quarters of a doubling
+ANS_BITS = 14  # probabilities are multiples of 2^-14
+SMALLER_MODEL = "use fewer layers, a smaller MLP_MULT or BIGRAM_VOCAB_SIZE, or fewer QAT_BITS"
+ANS_FLOOR = 2**16  # a coder's state lies in [2^16, 2^32); 16-bit words enter and leave it
 
 
-def search_scale(weight: Tensor, grid: Grid) -> Tensor:
-    """For each row the fp16 scale whose clip quantile loses the least square error (`lite`). Shape (…, 1)."""
-    ordered = weight.abs().float().sort(dim=-1).values
+def candidate_scales(weight: Tensor, grid: Grid) -> Iterator[Tensor]:
+    """The fp16 scales (…, 1) that a row may take: that of CLIP_STD, or one for each quantile of its sizes."""
+    if grid.clip_std:
+        yield grid.scale(grid.clip(weight))
+        return
+    ordered = weight.abs().sort(dim=-1).values
     last = ordered.size(-1) - 1
-    best_scale = best_error = None
     for quantile in CLIP_QUANTILES:
         low = math.floor(quantile * last)
-        clip = torch.lerp(ordered[..., low], ordered[..., min(low + 1, last)], quantile * last - low).unsqueeze(-1)
-        scale = grid.scale(clip)
-        error = (grid.decode(grid.encode(weight, scale), scale) - weight).square().sum(-1, keepdim=True)
-        if best_scale is None or best_error is None:
-            best_scale, best_error = scale, error
-        else:
-            better = error < best_error
-            best_scale, best_error = torch.where(better, scale, best_scale), torch.minimum(error, best_error)
-    assert best_scale is not None
-    return best_scale
+        clip = torch.lerp(ordered[..., low], ordered[..., min(low + 1, last)], quantile * last - low)
+        yield grid.scale(clip.unsqueeze(-1))
 
 
-def quantize(state: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
-    """The artifact's tensors: `<name>.levels` and `<name>.scale` where the plan says intN, else `<name>`."""
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]  # scale (…, 1) → levels, and each row's error (…, 1)
+
+
+def best_rounding(weight: Tensor, grid: Grid, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """(levels, scale) with, for each row, the scale that loses least."""
+    scales = candidate_scales(weight, grid)
+    scale = next(scales)
+    levels, error = rounding(scale)
+    for other_scale in scales:
+        other_levels, other_error = rounding(other_scale)
+        better = other_error < error
+        levels, scale = torch.where(better, other_levels, levels), torch.where(better, other_scale, scale)
+        error = torch.minimum(error, other_error)
+    return levels, scale
+
+
+def round_plainly(weight: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Nearest levels (`lite`), and the sum of each row's square errors."""
+    levels = grid.encode(weight, scale)
+    return levels, (grid.decode(levels, scale) - weight).square().sum(-1, keepdim=True)
+
+
+class HessianFactor(NamedTuple):
+    """What GPTQ needs of the second moments of matrices' inputs."""
+
+    order: Tensor  # (matrices, in): columns by descending second moment
+    upper: Tensor  # (matrices, in, in): U, upper triangular, with UᵀU the inverse of the ordered, damped moments
+    damping: Tensor  # (matrices,) in units of the mean diagonal; inf: no factor was found, U = 1 is plain rounding
+
+
+Hessians = Mapping[str, HessianFactor]  # by bank
+
+
+def factorize(moments: Tensor) -> HessianFactor:
+    """Factor the second moments (matrices, in, in) of matrices' inputs; where fp32 fails, with more damping.
+
+    With reversed rows and columns, moments = A·Aᵀ for an upper A, so U is A's inverse: the Cholesky factor of the
+    inverse without inverting first.
+    """
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    rows = order.unsqueeze(-1).expand_as(moments)
+    ordered = moments.gather(-2, rows).gather(-1, rows.mT)
+    identity = torch.eye(moments.size(-1), device=moments.device).expand_as(moments)
+    mean = diagonal.mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    upper, damping = identity.clone(), torch.full_like(mean, math.inf)
+    for share in DAMPING:
+        damped = ordered + (share * mean)[:, None, None] * identity
+        lower = torch.linalg.cholesky_ex(damped.flip(-2, -1)).L
+        found = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+        fits = damping.isinf() & found.isfinite().all(-1).all(-1) & (found.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        upper[fits], damping[fits] = found[fits], share
+    return HessianFactor(order, upper, damping)
+
+
+def round_by_hessian(
+    weight: Tensor, scale: Tensor, grid: Grid, pruned: Tensor, factor: HessianFactor
+) -> tuple[Tensor, Tensor]:
+    """GPTQ (arXiv 2210.17323): round column after column, each error made good by the columns still to come.
+
+    `weight` and `pruned` (matrices, out, in), `scale` (matrices, out, 1). Returns levels and each row's error
+    e·H·eᵀ, (matrices, out, 1), with the damped moments H.
+    """
+    columns = factor.order.unsqueeze(-2).expand_as(weight)
+    open_weights, kept = weight.gather(-1, columns), ~pruned.gather(-1, columns)
+    levels = torch.empty_like(open_weights, dtype=torch.int8)
+    total = torch.zeros_like(scale, dtype=torch.float32)
+    for start in range(0, weight.size(-1), GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, weight.size(-1))
+        errors = torch.empty_like(open_weights[..., start:stop])
+        for column in range(start, stop):
+            here = slice(column, column + 1)
+            levels[..., here] = grid.encode(open_weights[..., here], scale) * kept[..., here]
+            error = open_weights[..., here] - grid.decode(levels[..., here], scale)
+            error /= factor.upper[:, here, here]
+            open_weights[..., column:stop] -= error * factor.upper[:, here, column:stop]
+            errors[..., column - start] = error[..., 0]
+        open_weights[..., stop:] -= errors @ factor.upper[:, start:stop, stop:]
+        total += errors.square().sum(-1, keepdim=True)
+    return torch.empty_like(levels).scatter_(-1, columns, levels), total
+
+
+def smallest(weight: Tensor, fraction: float) -> Tensor:
+    """Mask of that fraction of a tensor's elements, those nearest zero."""
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    chosen = weight.abs().flatten().topk(int(fraction * weight.numel()), largest=False, sorted=False).indices
+    mask.view(-1)[chosen] = True
+    return mask
+
+
+@torch.no_grad()
+def quantize(
+    state: Mapping[str, Tensor], plan: Mapping[str, str], options: QuantizeOptions, hessians: Hessians | None = None
+) -> dict[str, Tensor]:
+    """The artifact's tensors: `<name>.levels` and `<name>.scale` where the plan says intN, else `<name>`; on the CPU.
+
+    Banks are pruned; those that have a Hessian are rounded by GPTQ, everything else to the nearest level.
+    """
     tensors: dict[str, Tensor] = {}
     for name, codec in plan.items():
-        weight = state[name].detach().float().cpu()
-        if codec.startswith("int"):
-            grid = Grid(int(codec.removeprefix("int")))
-            scale = search_scale(weight, grid)
-            tensors[f"{name}.levels"], tensors[f"{name}.scale"] = grid.encode(weight, scale), scale
-        else:
+        weight = state[name].detach().float()
+        grid = options.grid(name, codec)
+        if grid is None:
             tensors[name] = weight.half() if codec == "fp16" else weight
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+            continue
+        pruned = smallest(weight, options.prune_fraction if name in BANK_NAMES else 0.0)
+        if hessians and name in hessians:
+            rounding = functools.partial(round_by_hessian, weight, grid=grid, pruned=pruned, factor=hessians[name])
+        else:
+            weight = weight.masked_fill(pruned, 0)
+            rounding = functools.partial(round_plainly, weight, grid=grid)
+        tensors[f"{name}.levels"], tensors[f"{name}.scale"] = best_rounding(weight, grid, rounding)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
     """The state dict that `quantize` stored, fp32. Raises KeyError for a missing tensor, ValueError for odd scales."""
     state = {}
     for name, codec in plan.items():
-        if codec.startswith("int"):
-            grid = Grid(int(codec.removeprefix("int")))
+        grid = grid_of(codec)
+        if grid is not None:
             levels, scale = tensors[f"{name}.levels"], tensors[f"{name}.scale"]
             if scale.shape != (*levels.shape[:-1], 1):
                 raise ValueError(f"{name} has levels of shape {tuple(levels.shape)}, scales of {tuple(scale.shape)}")
@@ -2147,21 +2368,250 @@ def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[s
     return state
 
 
-def save_artifact(model: GPT, tokenizer_digest: str, path: Path) -> int:
-    """Quantize, pack and write atomically. Returns the file's bytes."""
+BANK_INPUTS = dict(  # what the rows of a bank are multiplied with, by the names that the model shows to a probe
+    qo_bank=("attn_in", "attn_out"), kv_bank=("attn_in", "attn_in"),
+    mlp_up_bank=("mlp_in",), mlp_down_bank=("mlp_hidden",),
+)  # fmt: skip
+
+
+@torch.no_grad()
+def calibrate(trainer: Trainer) -> Hessians:
+    """Hessians X·Xᵀ of every bank from the training tokens right after those of the last step, over all ranks.
+
+    Runs on the training clock: no batch is begun that would not end before MAX_WALLCLOCK_SECONDS. Where not even one
+    fits, the result is empty and rounding stays plain.
+    """
+    config, runtime, clock = trainer.config, trainer.runtime, trainer.clock
+    sums: dict[str, Tensor] = {}
+
+    def probe(name: str, layer: int, x: Tensor) -> None:
+        rows = x.flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = rows.new_zeros(config.num_layers, rows.size(-1), rows.size(-1))
+        sums[name][layer].addmm_(rows.mT, rows)
+
+    batches = (ids for step in itertools.count(trainer.step) for ids, _ in trainer.loader.batch(step))
+    clock.start()
+    began_s = now_s = clock.agreed()[0]
+    batch_s, tokens = began_s / max(trainer.step, 1), 0  # a training step is longer than one forward pass
+    while tokens < config.calibration_tokens and now_s + batch_s <= (config.max_wallclock_seconds or math.inf):
+        ids = next(batches)
+        trainer.model.forward_hidden(ids, probe=probe)
+        tokens += ids.numel() * runtime.world_size
+        runtime.synchronize()
+        before_s, now_s = now_s, clock.agreed()[0]
+        batch_s = now_s - before_s
+    moments = {name: runtime.all_reduce_sum(total) / max(tokens, 1) for name, total in sums.items()}
+    banks = BANK_INPUTS.items() if tokens else ()
+    factors = {bank: factorize(torch.cat([moments[name] for name in inputs])) for bank, inputs in banks}
+    clock.pause()
+    damping = torch.cat([factor.damping for factor in factors.values()]) if factors else torch.empty(0)
+    trainer.log.row(
+        "calibration", tokens=tokens, time_s=clock.total_s - began_s, train_and_calibration_s=clock.total_s,
+        budget_s=config.max_wallclock_seconds, more_damping=int((damping > DAMPING[0]).sum()),
+        without_factor=int(damping.isinf().sum()),
+    )  # fmt: skip
+    return factors
+
+
+def size_classes(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Class of each level, flat, by the size codes of its row (…, R, 1) and, relative to that, its column (…, 1, C)."""
+    return (rows.astype(np.int16) + columns - 12).clip(0, SIZE_CLASSES - 1).astype(np.uint16).reshape(-1)
+
+
+def ans_tables(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Width and start of the slots of each class·256 + level byte."""
+    widths = frequencies.astype(np.int64)
+    return widths.reshape(-1), (widths.cumsum(axis=1) - widths).reshape(-1)
+
+
+def encode_levels(levels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All levels (each (…, R, C) int8) as one code with a histogram for each size class, and the sizes.
+
+    Range asymmetric numeral systems (arXiv 1311.2540): a level costs what its histogram says, where zstd's Huffman
+    codes are whole bits. Thousands of interleaved lanes (arXiv 1402.3392) make each step one of numpy's.
+    """
+    arrays, keys = {}, []
+    for name, level in sorted(levels.items()):
+        energy = np.square(level, dtype=np.float32)
+        for axis, side in ((-1, "rows"), (-2, "columns")):
+            mean = energy.mean(axis=axis, keepdims=True).clip(min=2.0**-6)
+            arrays[f"{name}.{side}"] = (np.rint(2 * np.log2(mean)) + 12).astype(np.uint8)
+            energy = energy / mean
+        classes = size_classes(arrays[f"{name}.rows"], arrays[f"{name}.columns"])
+        keys.append(classes << 8 | level.reshape(-1).view(np.uint8))
+    key = np.concatenate(keys)
+    counts = np.bincount(key, minlength=SIZE_CLASSES * 256).reshape(SIZE_CLASSES, 256)
+    spare = 2**ANS_BITS - (counts > 0).sum(axis=1, keepdims=True)
+    frequencies = counts * spare // counts.sum(axis=1, keepdims=True).clip(min=1) + (counts > 0)
+    frequencies[np.arange(SIZE_CLASSES), counts.argmax(axis=1)] += 2**ANS_BITS - frequencies.sum(axis=1)
+    widths, starts = ans_tables(frequencies)
+    lanes = min(max(len(key) // 8192, 64), 4096)
+    states, words = np.full(lanes, ANS_FLOOR), [np.empty(0, np.uint16)]
+    for begin in reversed(range(0, len(key), lanes)):
+        step = key[begin : begin + lanes]
+        state, width = states[: len(step)], widths[step]
+        full = state >> (32 - ANS_BITS) >= width
+        words.append(state[full].astype(np.uint16))
+        state[full] >>= 16
+        quotient, rest = np.divmod(state, width)
+        state[:] = (quotient << ANS_BITS) + rest + starts[step]
+    arrays |= {"ans.frequencies": frequencies.astype(np.uint16), "ans.states": states.astype(np.uint32)}
+    return arrays | {"ans.words": np.concatenate(words[::-1])}
+
+
+def decode_levels(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, torch.Size]) -> dict[str, np.ndarray]:
+    """Undo `encode_levels`. Raises KeyError, IndexError or ValueError for what it cannot have made."""
+    sizes = {name: (arrays[f"{name}.rows"], arrays[f"{name}.columns"]) for name in sorted(shapes)}
+    for name, (rows, columns) in sizes.items():
+        if np.broadcast_shapes(rows.shape, columns.shape) != shapes[name]:
+            raise ValueError(f"{name} has levels of another shape than the model")
+    classes = np.concatenate([size_classes(*sides) for sides in sizes.values()])
+    if (arrays["ans.frequencies"].sum(axis=1) != 2**ANS_BITS).any():
+        raise ValueError("the histograms of the levels do not add up")
+    widths, starts = ans_tables(arrays["ans.frequencies"])
+    symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), SIZE_CLASSES), widths)
+    states, words, position = arrays["ans.states"].astype(np.int64), arrays["ans.words"].astype(np.int64), 0
+    flat = np.empty(len(classes), np.uint8)
+    for begin in range(0, len(classes), len(states)):
+        step = classes[begin : begin + len(states)].astype(np.int64)
+        state = states[: len(step)]
+        slot = state & (2**ANS_BITS - 1)
+        flat[begin : begin + len(step)] = symbol = symbols[step << ANS_BITS | slot]
+        key = step << 8 | symbol
+        state[:] = widths[key] * (state >> ANS_BITS) + slot - starts[key]
+        low = np.flatnonzero(state < ANS_FLOOR)
+        state[low] = state[low] << 16 | words[position : position + len(low)]
+        position += len(low)
+    if position != len(words) or (states != ANS_FLOOR).any():
+        raise ValueError("the code of the levels does not come out even")
+    parts = np.split(flat.view(np.int8), np.cumsum([shapes[name].numel() for name in sizes])[:-1])
+    return {name: part.reshape(shapes[name]) for name, part in zip(sizes, parts)}
+
+
+def entropy_bound(tensors: Mapping[str, Tensor]) -> float:
+    """Bytes of the integers at their order-0 entropy: one histogram for each tensor, itself free of charge."""
+    bound = 0.0
+    for tensor in tensors.values():
+        if tensor.dtype == torch.int8:
+            counts = np.bincount(tensor.numpy().reshape(-1).view(np.uint8))
+            bound += float((counts * np.log2(tensor.numel() / counts.clip(min=1))).sum()) / 8
+    return bound
+
+
+def compress(payload: bytes, compressor: str) -> bytes:
+    """The payload at the compressor's highest level."""
+    if compressor == "brotli":
+        return BROTLI_MAGIC + require("brotli", "COMPRESSOR=brotli").compress(payload, quality=11, lgwin=24)
+    if compressor == "lzma":
+        lzma = require("lzma", "COMPRESSOR=lzma")
+        return lzma.compress(payload, preset=9 | lzma.PRESET_EXTREME)
     zstandard = require("zstandard", "packing the artifact")
-    safetensors = require("safetensors.torch", "packing the artifact")
+    return zstandard.ZstdCompressor(level=22, write_checksum=True).compress(payload)
+
+
+def decompress(stream: bytes) -> bytes:
+    """Undo `compress`, whichever compressor it was. Raises ValueError, also above MAX_UNPACKED_BYTES."""
+    most, purpose = MAX_UNPACKED_BYTES + 1, "reading this artifact"
+    fault: type[Exception] = ValueError
+    try:
+        if stream.startswith(LZMA_MAGIC):
+            lzma = require("lzma", purpose)
+            fault = lzma.LZMAError
+            payload = lzma.LZMADecompressor(memlimit=2**28).decompress(stream, most)
+        elif stream.startswith(BROTLI_MAGIC):
+            brotli = require("brotli", purpose)
+            fault = brotli.error
+            payload = brotli.Decompressor().process(stream[len(BROTLI_MAGIC) :], output_buffer_limit=most)
+        else:
+            zstandard = require("zstandard", purpose)
+            fault = zstandard.ZstdError
+            claimed = zstandard.get_frame_parameters(stream).content_size
+            payload = zstandard.ZstdDecompressor().decompress(stream) if claimed < most else b""
+    except fault as error:
+        raise ValueError(str(error)) from error
+    if not 0 < len(payload) < most:
+        raise ValueError(f"it is empty, or claims more than {MAX_UNPACKED_BYTES} bytes of content")
+    return payload
+
+
+def seal(stream: bytes) -> bytes:
+    """Add what tells every changed, missing or added byte, for compressors without a checksum too."""
+    return stream + DIGEST_FRAME + hashlib.sha256(stream).digest()
+
+
+def shuffle_bytes(array: np.ndarray, undo: bool = False) -> np.ndarray:
+    """The same shape and type with bytes of one significance side by side, where a compressor profits from them."""
+    parts = array.reshape(-1).view(np.uint8).reshape((array.itemsize, -1) if undo else (-1, array.itemsize))
+    return parts.T.copy().reshape(-1).view(array.dtype).reshape(array.shape)
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], compressor: str) -> bytes:
+    """The artifact's bytes for what `quantize` made: the same for the same tensors."""
+    safetensors = require("safetensors.numpy", "packing the artifact")
+    levels = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.int8}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items() if name not in levels}
+    arrays |= encode_levels(levels) if levels else {}
+    # One entry: safetensors writes several in a random order, and the same weights would make different files.
+    header = {"train_gpt": json.dumps(metadata, sort_keys=True)}
+    payload = safetensors.save({name: shuffle_bytes(array) for name, array in arrays.items()}, header)
+    return seal(compress(payload, compressor))
+
+
+def fit_artifact(
+    make: Callable[[QuantizeOptions], dict[str, Tensor]],
+    pack: Callable[[Mapping[str, Tensor]], bytes],
+    options: QuantizeOptions,
+    limit: int,
+    log: RunLog | None = None,
+) -> tuple[QuantizeOptions, dict[str, Tensor], bytes]:
+    """`options` if their artifact has at most `limit` bytes, else the next coarser that do: clips widened step by
+    step to 2.7 times the width, then up to 90 % of the weights pruned as well.
+
+    Entropy compares candidates, packing only confirms. Raises ArtifactError when even the coarsest are too large.
+    """
+    widths = [(options.clip_std or 3.0) * 1.01**rung for rung in range(1, 101)]
+    fractions = [percent / 100 for percent in range(1, 91) if percent / 100 > options.prune_fraction]
+    ladder = [dataclasses.replace(options, clip_std=width) for width in widths]
+    ladder += [dataclasses.replace(ladder[-1], prune_fraction=fraction) for fraction in fractions]
+    tensors, rung = make(options), -1
+    packed = pack(tensors)
+    while len(packed) > limit:
+        if options == ladder[-1]:
+            too_much = f"{len(packed) - limit} bytes too many of the {limit} left for the artifact"
+            raise ArtifactError(f"FIT_BYTES=1 leaves {too_much} even with {options}; {SMALLER_MODEL}")
+        allowed = entropy_bound(tensors) - (len(packed) - limit)
+        fits = functools.partial(lambda most, coarser: entropy_bound(make(coarser)) <= most, allowed)
+        rung = bisect.bisect_left(ladder[:-1], True, rung + 1, key=fits)
+        options = ladder[rung]
+        tensors = make(options)
+        before, packed = len(packed), pack(tensors)
+        if log is not None:
+            log.row("fit_bytes", before=before, after=len(packed), limit=limit, **dataclasses.asdict(options))
+    return options, tensors, packed
+
+
+def save_artifact(
+    model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None, log: RunLog | None = None
+) -> int:
+    """Quantize, pack and write atomically. Returns the file's bytes. Raises ArtifactError."""
+    config = model.config
     metadata = {
         "format": ARTIFACT_FORMAT,
-        "config": model.config.portable().to_json(),
+        "config": config.portable().to_json(),
         "plan": model.plan,
         "tokenizer": tokenizer_digest,
         "code": code_digest(),
     }
-    # One entry: safetensors writes several in a random order, and the same weights would make different files.
-    header = {"train_gpt": json.dumps(metadata, sort_keys=True)}
-    payload = safetensors.save(quantize(model.state_dict(), model.plan), header)
-    packed = zstandard.ZstdCompressor(level=22, write_checksum=True, threads=0).compress(payload)
+    make = functools.partial(quantize, model.state_dict(), model.plan, hessians=hessians)
+    pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
+    limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
+    options, tensors, packed = fit_artifact(make, pack, QuantizeOptions.of(config), limit, log)
+    if log is not None:
+        bound = entropy_bound(tensors)
+        share = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
+        shown = {"payload": share, "entropy_bound": round(bound), "ratio": share / bound}
+        log.row("packing", **shown, **dataclasses.asdict(options))
     try:
         write_whole(path, packed)
     except OSError as error:
@@ -2172,30 +2622,37 @@ def save_artifact(model: GPT, tokenizer_digest: str, path: Path) -> int:
 
 def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple[GPT, Config, dict[str, Any]]:
     """(model on CPU, its config, metadata) from the file alone; nothing is unpickled. Raises ArtifactError."""
-    zstandard = require("zstandard", "reading the artifact")
-    safetensors = require("safetensors.torch", "reading the artifact")
-    advice = "it is truncated, altered or no artifact of this project; train again or fetch it again"
+    safetensors = require("safetensors.numpy", "reading the artifact")
+    advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
     try:
         packed = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
+    stream = packed[: -len(seal(b""))]
+    if seal(stream) != packed:
+        raise ArtifactError(f"{path} does not end in its own SHA-256: {advice}")
     try:
-        if zstandard.get_frame_parameters(packed).content_size > MAX_UNPACKED_BYTES:
-            raise ArtifactError(f"{path} claims more than {MAX_UNPACKED_BYTES} bytes of content; {advice}")
-        payload = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+        payload = decompress(stream)
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         metadata = json.loads(header["__metadata__"]["train_gpt"])
-        tensors = safetensors.load(payload)
         if metadata["format"] != ARTIFACT_FORMAT:
             raise ArtifactError(f"{path} has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
         config = Config.from_json(metadata["config"])
-        model = GPT(config, attend, initialize=False)
+        with torch.device("meta"):  # shapes alone: a config that asks for too much must cost nothing
+            model = GPT(config, attend, initialize=False)
         if metadata["plan"] != model.plan:
             raise ArtifactError(f"{path} stores its tensors in another way than its config asks for: {advice}")
-        model.load_state_dict(dequantize(tensors, model.plan))
-    except (zstandard.ZstdError, importlib.import_module("safetensors").SafetensorError) as error:
+        shapes = {name: model.get_parameter(name).shape for name in model.plan}
+        if sum(shape.numel() for shape in shapes.values()) > MAX_UNPACKED_BYTES:
+            raise ArtifactError(f"{path} claims more than {MAX_UNPACKED_BYTES} weights; {advice}")
+        arrays = {name: shuffle_bytes(a, undo=True) for name, a in safetensors.load(payload).items()}
+        coded = {f"{name}.levels": shapes[name] for name, codec in model.plan.items() if grid_of(codec)}
+        arrays |= decode_levels(arrays, coded)
+        state = dequantize({name: torch.from_numpy(array) for name, array in arrays.items()}, model.plan)
+        model.load_state_dict(state, assign=True)
+    except importlib.import_module("safetensors").SafetensorError as error:
         raise ArtifactError(f"{path} cannot be decoded: {advice}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ArtifactError(f"{path} has unexpected content ({what}): {advice}") from error
     return model, config, metadata
@@ -2208,15 +2665,15 @@ def code_digest() -> str:
 
 def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     """Log what counts against the limit. Raises ArtifactError, before any evaluation, when it is too much."""
-    code_bytes = sum(path.stat().st_size for path in code_paths())
-    total = code_bytes + artifact_bytes
+    code = code_bytes()
+    total = code + artifact_bytes
     log.row("artifact_bytes", text=f"Serialized model {label}: {artifact_bytes} bytes", bytes=artifact_bytes)
-    log.row("code_bytes", text=f"Code size: {code_bytes} bytes", bytes=code_bytes, files=[p.name for p in code_paths()])
+    log.row("code_bytes", text=f"Code size: {code} bytes", bytes=code, files=[p.name for p in code_paths()])
     log.row("total_bytes", text=f"Total submission size {label}: {total} bytes", bytes=total, limit=SIZE_LIMIT_BYTES)
     if total > SIZE_LIMIT_BYTES:
         raise ArtifactError(
-            f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; "
-            "use fewer layers, a smaller MLP_MULT or BIGRAM_VOCAB_SIZE, or fewer QAT_BITS"
+            f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; set FIT_BYTES=1 for coarser "
+            f"integers, or {SMALLER_MODEL}"
         )
 
 
@@ -3066,7 +3523,7 @@ def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, progress: Progress
 ) -> Score:
     """Every evaluation stage of the recipe, each with its seconds; returns the last one's score."""
-    sizes = f"final_int{model.config.qat_bits or 6}"
+    sizes = f"final_{model.config.bits_label}"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
     stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
         (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len, progress), {}),
@@ -3151,7 +3608,6 @@ def train_artifact(
     if config.resume and state is None:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
     trainer.train(state, checkpoints.newest)
-    loader.close()
     log.line(runtime.peak_memory_line())
     trainer.average.apply()
     began = time.perf_counter()
@@ -3159,20 +3615,24 @@ def train_artifact(
     average = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     seconds = time.perf_counter() - began
     log.row(f"DIAGNOSTIC {average}", validation.note, **result.headline(), eval_time_ms=1000 * seconds)
+    checkpoints.finish()
+    path, record = config.artifact_path, checkpoints.folder / "artifact.txt"
+    weights = [value.cpu().numpy() for value in model.state_dict().values()]
+    source = digest_of(*weights, config.portable().to_json(), *code_paths())
+    known = record.read_bytes() if record.is_file() else b""
+    own = os.path.isfile(path) and known == f"{source} {digest_of(path)}".encode()  # of the run that goes on here
+    reused = bool(runtime.from_main(own)[0])
+    hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
+    loader.close()
     if runtime.is_main:
-        checkpoints.finish()
-        began, path = time.perf_counter(), config.artifact_path
-        weights = [value.cpu().numpy() for value in model.state_dict().values()]
-        source, record = digest_of(*weights, config.portable().to_json(), *code_paths()), ""
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            record = (checkpoints.folder / "artifact.txt").read_text(encoding="utf-8")
-        reused = os.path.isfile(path) and record == f"{source} {digest_of(path)}"  # of the run that goes on here
+        began = time.perf_counter()
         if not reused:
-            save_artifact(model, tokenizer.digest, path)
+            save_artifact(model, tokenizer.digest, path, hessians, log)
             with contextlib.suppress(OSError):
-                write_whole(checkpoints.folder / "artifact.txt", f"{source} {digest_of(path)}".encode())
-        log.row("quantization", time_s=time.perf_counter() - began, artifact=str(path), reused=reused)
-        log_ledger(log, path.stat().st_size, f"int{config.qat_bits or 6}+zstd")
+                write_whole(record, f"{source} {digest_of(path)}".encode())
+        shown = dict(quantizer="gptq" if hessians else "lite", artifact=str(path))
+        log.row("quantization", time_s=time.perf_counter() - began, **shown, reused=reused)
+        log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
 
 
@@ -3194,6 +3654,8 @@ def run(config: Config, runtime: Runtime) -> Score:
     model, _, metadata = load_artifact(config.artifact_path, attend)
     if metadata["tokenizer"] != tokenizer.digest:
         raise ArtifactError(f"{config.artifact_path} needs another tokenizer than {config.tokenizer_path}")
+    if metadata["code"] != code_digest():
+        log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
     settings = f"{config.portable().to_json()} {runtime.world_size}"
     identity = digest_of(config.artifact_path, validation.tokens, validation.bytes, settings, *code_paths())
     progress = Progress(checkpoints, identity)

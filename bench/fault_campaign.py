@@ -39,6 +39,8 @@ import torch  # noqa: E402
 from support import (  # noqa: E402
     SCRIPT,
     TINY_VOCAB,
+    artifact_of,
+    artifact_parts,
     free_port,
     make_documents,
     tiny_environ,
@@ -271,20 +273,14 @@ def forge_tensors(source: random.Random, tensors: dict[str, torch.Tensor]) -> di
 
 def forged_artifact(source: random.Random, content: bytes) -> bytes:
     """A sound frame around metadata or tensors that are not."""
-    import safetensors.torch
-    import zstandard
-
-    payload = zstandard.ZstdDecompressor().decompress(content)
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    metadata, tensors = json.loads(header["__metadata__"]["train_gpt"]), safetensors.torch.load(payload)
+    metadata, tensors = artifact_parts(content)
     if source.random() < 0.5:
         tensors = forge_tensors(source, tensors)
     elif source.random() < 0.5:
         metadata["config"] = json.dumps(forge(source, json.loads(metadata["config"])))
     else:
         metadata = forge(source, metadata)
-    packed = safetensors.torch.save(tensors, {"train_gpt": json.dumps(metadata)})
-    return zstandard.ZstdCompressor(level=1).compress(packed)
+    return artifact_of(metadata, tensors)
 
 
 def forged_checkpoint(source: random.Random, content: bytes) -> bytes:

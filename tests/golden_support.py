@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zlib
@@ -125,6 +126,12 @@ def randomize(model: train_gpt.GPT, seed: int = 0) -> train_gpt.GPT:
             width = parameter.size(-1) if parameter.ndim > 1 else 25
             parameter.add_(torch.randn(parameter.shape, generator=generator) / width**0.5)
     return model
+
+
+def search_scale(weight: Tensor, grid: train_gpt.Grid) -> Tensor:
+    """The scale that `lite` picks for each row."""
+    rounding = functools.partial(train_gpt.round_plainly, weight, grid=grid)
+    return train_gpt.best_rounding(weight, grid, rounding)[1]
 
 
 def random_ids(config: train_gpt.Config, rows: int, length: int, seed: int = 0) -> Tensor:

@@ -1,21 +1,27 @@
 """The artifact: complete, the same after a round trip, refused when damaged or foreign, counted in full."""
 
+import dataclasses
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import brotli
+import numpy as np
 import pytest
-import safetensors.torch
+import safetensors.numpy
 import torch
 import zstandard
-from golden_support import REPO, make_runtime, random_ids, randomize, tiny_config, tiny_recipe
+from golden_support import REPO, make_runtime, random_ids, randomize, search_scale, tiny_config, tiny_recipe
 from torch import Tensor
 
 import train_gpt
@@ -59,16 +65,24 @@ def load(tmp_path):
     return from_bytes
 
 
-def tensors_of(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The file opened with the two libraries alone: tensors and metadata."""
+def arrays_of(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The file opened with the two libraries alone: arrays (bytes of an element apart) and metadata."""
     payload = zstandard.ZstdDecompressor().decompress(data)
     header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    return safetensors.torch.load(payload), json.loads(header["__metadata__"]["train_gpt"])
+    return safetensors.numpy.load(payload), json.loads(header["__metadata__"]["train_gpt"])
 
 
-def pack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
-    payload = safetensors.torch.save(tensors, {"train_gpt": json.dumps(metadata)})
-    return zstandard.ZstdCompressor(write_checksum=True).compress(payload)
+def pack(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
+    """A file that is whole, whatever it holds."""
+    payload = safetensors.numpy.save(arrays, {"train_gpt": json.dumps(metadata)})
+    return train_gpt.seal(zstandard.ZstdCompressor(write_checksum=True).compress(payload))
+
+
+def with_settings(model: train_gpt.GPT, **changes: Any) -> train_gpt.GPT:
+    """The same weights under other settings."""
+    other = train_gpt.GPT(dataclasses.replace(model.config, **changes))
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 # Round trip -----------------------------------------------------------------------------------------------
@@ -90,7 +104,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
         embedding = name in ("tok_emb.weight", "lm_head.weight")
         if name in train_gpt.BANK_NAMES or embedding or weight.numel() > 65_536:
             grid = train_gpt.Grid(bits)
-            scale = train_gpt.search_scale(weight, grid)
+            scale = search_scale(weight, grid)
             expected[name] = grid.decode(grid.encode(weight, scale), scale)
         else:
             expected[name] = weight.half().float() if weight.ndim > 1 else weight
@@ -112,7 +126,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
 def test_dequantize_undoes_quantize_up_to_half_a_level(choice):
     model = trained_like(tiny_config(**CHOICES[choice]))
     plan = train_gpt.export_plan(model)
-    tensors = train_gpt.quantize(model.state_dict(), plan)
+    tensors = train_gpt.quantize(model.state_dict(), plan, train_gpt.QuantizeOptions())
     state = train_gpt.dequantize(tensors, plan)
     assert set(state) == {name for name in model.state_dict() if not name.startswith("mtp_heads.")}
     for name, weight in state.items():
@@ -143,8 +157,8 @@ def test_every_recipe_survives_the_round_trip(recipe, tmp_path):
 
 def test_multi_token_heads_stay_behind(model, good, load):
     assert any(name.startswith("mtp_heads.") for name in model.state_dict())
-    tensors, metadata = tensors_of(good)
-    assert not any("mtp" in name for name in tensors)
+    arrays, metadata = arrays_of(good)
+    assert not any("mtp" in name for name in arrays)
     assert not [name for name in metadata["plan"] if name.startswith("mtp_heads")]
     loaded, config, _ = load(good)
     assert len(loaded.mtp_heads) == config.mtp_num_heads == 0
@@ -158,14 +172,16 @@ def test_the_same_weights_make_the_same_file(model, tmp_path):
     assert len(files) == 1
 
 
-def test_levels_stay_in_their_bits_and_file_has_a_checksum(good):
-    tensors, metadata = tensors_of(good)
+def test_levels_stay_in_their_bits_and_file_has_a_checksum(model, good):
+    arrays, metadata = arrays_of(good)
     plan = metadata["plan"]
+    shapes = {f"{name}.levels": model.get_parameter(name).shape for name in plan if plan[name].startswith("int")}
+    levels = train_gpt.decode_levels({k: train_gpt.shuffle_bytes(v, undo=True) for k, v in arrays.items()}, shapes)
     for name in train_gpt.BANK_NAMES:
         assert plan[name] == "int6"
-        assert tensors[f"{name}.levels"].dtype == torch.int8
-        assert tensors[f"{name}.levels"].abs().max() == 31
-        assert tensors[f"{name}.scale"].dtype == torch.float16
+        assert levels[f"{name}.levels"].dtype == np.int8
+        assert abs(levels[f"{name}.levels"]).max() == 31
+        assert arrays[f"{name}.scale"].dtype == np.float16
     assert zstandard.get_frame_parameters(good).has_checksum
     assert b"pickle" not in zstandard.ZstdDecompressor().decompress(good)
 
@@ -209,25 +225,53 @@ def test_a_truncated_file_is_refused(good, load, part):
         load(good[:keep])
 
 
-def test_flipped_bytes_never_pass_for_other_weights(good, load):
-    """Fifty seeded flips, and each of the frame's first bytes: refused, or (an unused bit) the very same weights."""
-    expected = state_bytes(load(good)[0])
-    chooser = random.Random(1081)
-    flips = [(chooser.randrange(len(good)), chooser.randrange(8)) for _ in range(50)]
-    flips += [(position, bit) for position in range(12) for bit in range(8)]
-    flips += [(len(good) - back, bit) for back in range(1, 5) for bit in (0, 7)]
-    refused = 0
-    for position, bit in flips:
-        damaged = bytearray(good)
-        damaged[position] ^= 1 << bit
+def damaged(data: bytes, source: random.Random) -> bytes:
+    """One byte changed, or the file cut short, anywhere."""
+    position = source.randrange(len(data))
+    if source.random() < 0.3:
+        return data[:position]
+    return data[:position] + bytes([data[position] ^ source.randrange(1, 256)]) + data[position + 1 :]
+
+
+def outcomes(load, files, expected: dict[str, bytes]) -> dict[str, int]:
+    """What became of damaged files. An exception of another kind than ArtifactError ends the test."""
+    counts = dict(refused=0, harmless=0, changed=0)
+    for data in files:
         try:
-            loaded, config, _ = load(bytes(damaged))
+            loaded = load(data)[0]
         except train_gpt.ArtifactError:
-            refused += 1
+            counts["refused"] += 1
         else:
-            assert state_bytes(loaded) == expected, (position, bit)
-            assert config == load(good)[1]
-    assert refused >= len(flips) - 8
+            counts["harmless" if state_bytes(loaded) == expected else "changed"] += 1
+    return counts
+
+
+@pytest.mark.parametrize(("compressor", "trials"), [("zstd", 1000), ("brotli", 300), ("lzma", 300)])
+def test_no_damaged_file_passes_for_other_weights(compressor, trials, model, tmp_path, load):
+    """Seeded single-byte changes and truncations; and every bit of the first and last twelve bytes."""
+    train_gpt.save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / "good.ptz")
+    good, source = (tmp_path / "good.ptz").read_bytes(), random.Random(1081)
+    files = [damaged(good, source) for _ in range(trials)]
+    for position in (*range(12), *range(len(good) - 12, len(good))):
+        files += [good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :] for bit in range(8)]
+    assert outcomes(load, files, state_bytes(load(good)[0])) == dict(refused=len(files), harmless=0, changed=0)
+
+
+@pytest.mark.parametrize("compressor", ["zstd", "brotli", "lzma"])
+def test_damage_under_a_right_digest_is_no_crash_either(compressor, model, tmp_path, load):
+    """Somebody may compute the digest anew: then the decoders see the damage, and must still end in an error or load.
+
+    Zstd and xz carry checksums of their own; what they hold is damaged before compression as well.
+    """
+    train_gpt.save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / "good.ptz")
+    stream, source = (tmp_path / "good.ptz").read_bytes()[: -len(train_gpt.seal(b""))], random.Random(7)
+    payload = train_gpt.decompress(stream)
+    files = [train_gpt.seal(damaged(stream, source)) for _ in range(60)]
+    files += [train_gpt.seal(train_gpt.compress(damaged(payload, source), "zstd")) for _ in range(30)]
+    counts = outcomes(load, files, state_bytes(load(train_gpt.seal(stream))[0]))
+    assert counts["refused"] > 60
+    if compressor != "brotli":
+        assert outcomes(load, files[:60], {})["refused"] == 60
 
 
 def test_bytes_added_or_cut_out_are_noticed(good, load):
@@ -240,7 +284,7 @@ def test_bytes_added_or_cut_out_are_noticed(good, load):
 def foreign_files() -> dict[str, bytes]:
     pickled = io.BytesIO()
     torch.save({"tok_emb.weight": torch.ones(3)}, pickled)
-    plain = safetensors.torch.save({"tok_emb.weight": torch.ones(3)})
+    plain = safetensors.numpy.save({"tok_emb.weight": np.ones(3, np.float32)})
     compress = zstandard.ZstdCompressor().compress
     return {
         "empty": b"",
@@ -265,8 +309,11 @@ def foreign_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", foreign_files())
 def test_a_foreign_file_is_refused(kind, load):
-    with pytest.raises(train_gpt.ArtifactError, match=r"some\.ptz"):
-        load(foreign_files()[kind])
+    """Also when it carries a right digest."""
+    data = foreign_files()[kind]
+    for file, reason in ((data, r"some\.ptz does not end in its own SHA-256"), (train_gpt.seal(data), r"some\.ptz")):
+        with pytest.raises(train_gpt.ArtifactError, match=reason):
+            load(file)
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path):
@@ -275,10 +322,32 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
             train_gpt.load_artifact(path)
 
 
-def test_a_decompression_bomb_is_refused_unopened(good, load, monkeypatch):
-    monkeypatch.setattr(train_gpt, "MAX_UNPACKED_BYTES", len(zstandard.ZstdDecompressor().decompress(good)) - 1)
-    with pytest.raises(train_gpt.ArtifactError, match="claims more than"):
-        load(good)
+@pytest.mark.parametrize("compressor", ["zstd", "brotli", "lzma"])
+def test_a_decompression_bomb_is_refused_half_opened_at_most(compressor, load, monkeypatch):
+    zeros = bytes(1 << 26)
+    bomb = {
+        "zstd": lambda: zstandard.compress(zeros),
+        "brotli": lambda: train_gpt.BROTLI_MAGIC + brotli.compress(zeros, quality=1),
+        "lzma": lambda: lzma.compress(zeros, preset=1),  # with a small dictionary, which counts as memory too
+    }[compressor]()
+    assert len(bomb) < 20_000
+    monkeypatch.setattr(train_gpt, "MAX_UNPACKED_BYTES", 1 << 20)
+    tracemalloc.start()
+    with pytest.raises(train_gpt.ArtifactError, match="claims more than 1048576 bytes"):
+        load(train_gpt.seal(bomb))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23
+
+
+def test_a_config_that_asks_for_too_many_weights_is_refused_before_they_exist(good, load):
+    arrays, metadata = arrays_of(good)
+    huge = json.loads(metadata["config"]) | dict(model_dim=8192, num_layers=64, mlp_mult=16, vocab_size=65_000)
+    model = train_gpt.Config.from_json(json.dumps(huge))
+    with torch.device("meta"):
+        plan = train_gpt.GPT(model, initialize=False).plan
+    with pytest.raises(train_gpt.ArtifactError, match=r"claims more than \d+ weights"):
+        load(pack(arrays, metadata | {"config": json.dumps(huge), "plan": plan}))
 
 
 def changed_metadata() -> dict[str, dict[str, Any]]:
@@ -304,33 +373,189 @@ def changed_metadata() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", changed_metadata())
 def test_wrong_metadata_is_refused(kind, good, load):
-    tensors, metadata = tensors_of(good)
+    arrays, metadata = arrays_of(good)
     with pytest.raises(train_gpt.ArtifactError):
-        load(pack(tensors, metadata | changed_metadata()[kind]))
+        load(pack(arrays, metadata | changed_metadata()[kind]))
 
 
 @pytest.mark.parametrize("key", ["format", "config", "plan"])
 def test_missing_metadata_is_refused(key, good, load):
-    tensors, metadata = tensors_of(good)
+    arrays, metadata = arrays_of(good)
     del metadata[key]
     with pytest.raises(train_gpt.ArtifactError):
-        load(pack(tensors, metadata))
+        load(pack(arrays, metadata))
 
 
 def test_repacking_by_hand_is_what_the_refusals_above_start_from(good, load):
-    tensors, metadata = tensors_of(good)
-    assert state_bytes(load(pack(tensors, metadata))[0]) == state_bytes(load(good)[0])
+    arrays, metadata = arrays_of(good)
+    assert state_bytes(load(pack(arrays, metadata))[0]) == state_bytes(load(good)[0])
 
 
 @pytest.mark.parametrize("change", ["missing", "misshapen"])
 def test_wrong_tensors_are_refused(change, good, load):
-    for name in tensors_of(good)[0]:
-        tensors, metadata = tensors_of(good)
-        tensor = tensors.pop(name)
-        if change == "misshapen" and not name.endswith(".scale"):  # scales broadcast
-            tensors[name] = torch.cat([tensor.flatten(), tensor.flatten()[:1]])
+    for name in arrays_of(good)[0]:
+        arrays, metadata = arrays_of(good)
+        array = arrays.pop(name)
+        if change == "misshapen":
+            arrays[name] = np.concatenate([array.flatten(), array.flatten()[:1]])
         with pytest.raises(train_gpt.ArtifactError):
-            load(pack(tensors, metadata))
+            load(pack(arrays, metadata))
+
+
+@pytest.mark.parametrize("name", ["ans.frequencies", "ans.states", "ans.words", "qo_bank.levels.rows"])
+def test_a_code_that_cannot_be_is_refused(name, good, load):
+    arrays, metadata = arrays_of(good)
+    for value in (0, 255):
+        array = np.full_like(arrays[name], value)
+        with pytest.raises(train_gpt.ArtifactError, match="unexpected content"):
+            load(pack({**arrays, name: array}, metadata))
+
+
+# Compressors ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("compressor", train_gpt.FIELD_CHOICES["compressor"])
+def test_each_compressor_writes_what_any_setting_reads(compressor, model, good, load, tmp_path):
+    files = []
+    for name in ("a.ptz", "b.ptz"):
+        train_gpt.save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / name)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+    loaded, config, _ = load(files[0])
+    assert config.compressor == compressor
+    assert state_bytes(loaded) == state_bytes(load(good)[0])
+    stream = files[0][: -len(train_gpt.seal(b""))]
+    opened = {
+        "zstd": lambda: zstandard.ZstdDecompressor().decompress(stream),
+        "brotli": lambda: brotli.decompress(stream[4:]),
+        "lzma": lambda: lzma.decompress(stream, lzma.FORMAT_XZ),
+    }[compressor]()
+    assert train_gpt.decompress(stream) == opened
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma", "zstandard"])
+def test_a_missing_compressor_is_named(compressor, model, tmp_path, monkeypatch):
+    chosen = {"zstandard": "zstd"}.get(compressor, compressor)
+    train_gpt.save_artifact(with_settings(model, compressor=chosen), DIGEST, tmp_path / "a.ptz")
+    monkeypatch.setitem(sys.modules, compressor, None)
+    with pytest.raises(train_gpt.UserError, match=f"needs the package '{compressor}'"):
+        train_gpt.load_artifact(tmp_path / "a.ptz")
+    with pytest.raises(train_gpt.UserError, match=f"needs the package '{compressor}'"):
+        train_gpt.save_artifact(with_settings(model, compressor=chosen), DIGEST, tmp_path / "b.ptz")
+
+
+def test_shuffled_bytes_come_back_and_lie_by_significance():
+    words = np.array([[0x0102, 0x0304, 0x0506]], np.uint16)
+    assert train_gpt.shuffle_bytes(words).tobytes() == bytes([2, 4, 6, 1, 3, 5])
+    for array in (words, np.float32(3.5).reshape(()), np.zeros((0,), np.uint16), np.arange(6, dtype=np.uint8)):
+        again = train_gpt.shuffle_bytes(train_gpt.shuffle_bytes(array), undo=True)
+        assert (again.dtype, again.shape, again.tobytes()) == (array.dtype, array.shape, array.tobytes())
+
+
+# Coding of levels -----------------------------------------------------------------------------------------
+def some_levels(kind: str, source: np.random.Generator) -> np.ndarray:
+    normal = source.standard_normal((3, 40, 70))
+    uneven = normal * np.exp2(source.uniform(-3, 3, (3, 40, 1))) * np.exp2(source.uniform(-2, 2, (3, 1, 70)))
+    return (
+        {
+            "normal": normal * 10,
+            "uneven": uneven * 4,
+            "heavy tails": source.standard_t(1.2, (3, 40, 70)) * 3,
+            "uniform": source.uniform(-127, 127, (2, 300, 20)),
+            "zeros": np.zeros((2, 5, 7)),
+            "one value": np.full((2, 30, 30), -31),
+            "extremes": source.choice([-127, 127], (4, 60, 10)),
+            "one level": np.array([[[5]]]),
+            "a column": source.standard_normal((1, 500, 1)) * 20,
+            "one spike": np.pad([[[127]]], ((0, 0), (0, 99), (0, 999))),
+            "a matrix": normal[0] * 10,
+        }[kind]
+        .clip(-127, 127)
+        .round()
+        .astype(np.int8)
+    )
+
+
+KINDS = ["normal", "uneven", "heavy tails", "uniform", "zeros", "one value", "extremes", "one level", "a column",
+         "one spike", "a matrix"]  # fmt: skip
+
+
+def shapes_of(levels: Mapping[str, np.ndarray]) -> dict[str, torch.Size]:
+    return {name: torch.Size(array.shape) for name, array in levels.items()}
+
+
+@pytest.mark.parametrize("kinds", [*([kind] for kind in KINDS), KINDS], ids=[*KINDS, "all at once"])
+def test_coded_levels_come_back(kinds):
+    for seed in range(3):
+        source = np.random.default_rng(seed)
+        levels = {kind: some_levels(kind, source) for kind in kinds}
+        back = train_gpt.decode_levels(train_gpt.encode_levels(levels), shapes_of(levels))
+        for kind in kinds:
+            assert back[kind].dtype == np.int8
+            assert np.array_equal(back[kind], levels[kind]), kind
+
+
+def decode_slowly(arrays: Mapping[str, np.ndarray], classes: np.ndarray) -> list[int]:
+    """The decoder as the papers write it: one lane after the other, a search instead of a table."""
+    states, words = [int(state) for state in arrays["ans.states"]], iter(arrays["ans.words"].tolist())
+    levels = []
+    for number, size_class in enumerate(classes):
+        state, lane, byte = states[number % len(states)], number % len(states), 0
+        slot, frequencies = state % 2**14, arrays["ans.frequencies"][size_class].tolist()
+        start = 0
+        while start + frequencies[byte] <= slot:
+            start += frequencies[byte]
+            byte += 1
+        state = frequencies[byte] * (state // 2**14) + slot - start
+        states[lane] = state if state >= 2**16 else state * 2**16 + next(words)
+        levels.append(byte - 256 if byte > 127 else byte)
+    assert set(states) == {2**16}
+    assert not list(words)
+    return levels
+
+
+def test_a_decoder_written_from_the_papers_reads_the_code():
+    levels = {"uneven": some_levels("uneven", np.random.default_rng(5))}
+    arrays = train_gpt.encode_levels(levels)
+    classes = train_gpt.size_classes(arrays["uneven.rows"], arrays["uneven.columns"])
+    assert decode_slowly(arrays, classes) == levels["uneven"].reshape(-1).tolist()
+
+
+def entropy_bytes(values: np.ndarray) -> float:
+    share = np.unique(values, return_counts=True)[1] / values.size
+    return float(-(share * np.log2(share)).sum() * values.size / 8)
+
+
+def test_entropy_bound_is_that_of_each_tensor_by_itself():
+    source = np.random.default_rng(0)
+    levels = [some_levels(kind, source) for kind in KINDS]
+    tensors = {str(i): torch.from_numpy(array) for i, array in enumerate(levels)} | {"scale": torch.ones(3)}
+    assert train_gpt.entropy_bound(tensors) == pytest.approx(sum(map(entropy_bytes, levels)), rel=1e-9)
+    assert train_gpt.entropy_bound({"four": torch.tensor([[0, 1, 2, 3]], dtype=torch.int8)}) == pytest.approx(1.0)
+
+
+def test_the_code_is_as_long_as_the_entropy_within_the_size_classes():
+    """And for rows and columns of different sizes clearly below the order-0 entropy, the size codes included."""
+    source = np.random.default_rng(1)
+    spread = np.exp2(source.uniform(-1.5, 1.5, (2, 600, 1))) * np.exp2(source.uniform(-1, 1, (2, 1, 500)))
+    levels = (source.standard_normal((2, 600, 500)) * spread * 4).clip(-31, 31).round().astype(np.int8)
+    arrays = train_gpt.encode_levels({"w": levels})
+    classes = train_gpt.size_classes(arrays["w.rows"], arrays["w.columns"])
+    within = sum(entropy_bytes(levels.reshape(-1)[classes == size]) for size in np.unique(classes))
+    coded = arrays["ans.words"].nbytes + arrays["ans.states"].nbytes
+    assert within < coded < 1.002 * within + 2 * arrays["ans.states"].nbytes
+    assert coded + levels.shape[0] * (600 + 500) < 0.95 * entropy_bytes(levels)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_the_payload_stays_near_the_entropy_bound_and_below_other_compressors(bits):
+    """Plain normal rows, where there is nothing to gain: at most 1 % above, and no larger than lzma or brotli."""
+    weight = torch.randn(2, 600, 512, generator=torch.Generator().manual_seed(bits))
+    tensors = train_gpt.quantize({"qo_bank": weight}, {"qo_bank": f"int{bits}"}, train_gpt.QuantizeOptions())
+    rest = {"qo_bank.scale": tensors["qo_bank.scale"]}
+    payload = len(train_gpt.pack_tensors(tensors, {}, "zstd")) - len(train_gpt.pack_tensors(rest, {}, "zstd"))
+    assert payload < 1.01 * train_gpt.entropy_bound(tensors)
+    plain = tensors["qo_bank.levels"].numpy().tobytes()
+    assert payload < len(lzma.compress(plain, preset=9))
+    assert payload < len(brotli.compress(plain, quality=9))  # 11 takes seconds; bench/packing.py compares with it
 
 
 # Writing --------------------------------------------------------------------------------------------------
@@ -373,6 +598,8 @@ def test_the_ledger_counts_every_code_file_and_stops_above_the_limit(code_folder
     train_gpt.log_ledger(log, 5000, "int6+zstd")  # exactly at the limit
     with pytest.raises(train_gpt.ArtifactError, match=r"\b1 bytes over 6230"):
         train_gpt.log_ledger(log, 5001, "int6+zstd")
+    with pytest.raises(train_gpt.ArtifactError, match=r"FIT_BYTES=1.*fewer layers"):
+        train_gpt.log_ledger(log, 5001, "int6+zstd")
     (code_folder / "kg_data.py").unlink()
     train_gpt.log_ledger(log, 5030, "int6+zstd")
     log.close()
@@ -380,7 +607,7 @@ def test_the_ledger_counts_every_code_file_and_stops_above_the_limit(code_folder
     for line in ("Serialized model int6+zstd: 5000 bytes", "Code size: 1230 bytes", "Code size: 1200 bytes"):
         assert line in text
     assert text.count("Total submission size int6+zstd: 6230 bytes") == 2
-    assert "Total submission size int6+zstd: 6231 bytes" in text
+    assert text.count("Total submission size int6+zstd: 6231 bytes") == 2
 
 
 def test_the_code_digest_covers_every_code_file(code_folder):
@@ -391,3 +618,109 @@ def test_the_code_digest_covers_every_code_file(code_folder):
     (code_folder / "notes.py").write_bytes(b"?")
     assert train_gpt.code_digest() == digests[-1]
     assert len(set(digests)) == 4
+
+
+# FIT_BYTES ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def larger() -> train_gpt.GPT:
+    """Large enough for its integers to be most of the artifact."""
+    return trained_like(tiny_config(vocab_size=512, model_dim=96, ve_dim=32))
+
+
+@pytest.fixture
+def fit(larger, tmp_path, monkeypatch):
+    """Save with FIT_BYTES=1 when so many bytes are left for the artifact; path, size and the log's rows."""
+
+    def save(allowed: int) -> tuple[Path, int, list[dict[str, Any]]]:
+        model = with_settings(larger, fit_bytes=True, out_dir=str(tmp_path), run_id="fit")
+        monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", train_gpt.code_bytes() + allowed)
+        log = train_gpt.RunLog(model.config, make_runtime(model.config))
+        size = train_gpt.save_artifact(model, DIGEST, tmp_path / "fit.ptz", log=log)
+        train_gpt.log_ledger(log, size, "int6+zstd")
+        log.close()
+        rows = [json.loads(line) for line in (tmp_path / "logs" / "fit.jsonl").read_text().splitlines()]
+        return tmp_path / "fit.ptz", size, rows
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def full_size(larger, tmp_path_factory) -> int:
+    model = with_settings(larger, fit_bytes=True)
+    return train_gpt.save_artifact(model, DIGEST, tmp_path_factory.mktemp("full") / "full.ptz")
+
+
+def test_what_fits_is_left_alone(fit, full_size):
+    _, size, rows = fit(full_size)
+    assert size == full_size
+    packing = rows[0]
+    assert [row["event"] for row in rows[:1]] == ["packing"]
+    assert packing["clip_std"] == packing["prune_fraction"] == 0
+    assert packing["ratio"] == pytest.approx(packing["payload"] / packing["entropy_bound"], rel=1e-4)
+    assert 0.9 < packing["ratio"] < 1.05
+    assert 0 < packing["payload"] < size
+
+
+@pytest.mark.parametrize(("share", "pruned"), [(0.92, False), (0.7, True)])
+def test_an_artifact_is_made_to_fit_by_clips_and_then_by_pruning(share, pruned, fit, full_size, larger):
+    allowed = int(full_size * share)
+    path, size, rows = fit(allowed)
+    assert 0.97 * allowed < size <= allowed
+    tried, packing = [row for row in rows if row["event"] == "fit_bytes"], rows[-4]
+    assert 1 <= len(tried) <= 4
+    assert tried[0]["before"] == full_size
+    assert tried[-1]["after"] == size
+    assert all(row["limit"] == allowed for row in tried)
+    assert packing["event"] == "packing"
+    assert packing["clip_std"] == tried[-1]["clip_std"] > 3
+    assert (packing["prune_fraction"] > 0) == pruned
+    loaded, config, _ = train_gpt.load_artifact(path)
+    weights = dict(larger.state_dict())
+    zeros = (loaded.qo_bank == 0).float().mean()
+    assert zeros > 0.99 * packing["prune_fraction"]
+    ids = random_ids(config, 2, 25)
+    with torch.no_grad():
+        logp, _, _ = loaded.token_scores(ids[:, :-1], ids[:, 1:], 24)
+        assert torch.isfinite(logp).all()
+    error = (loaded.qo_bank - weights["qo_bank"]).square().mean() / weights["qo_bank"].square().mean()
+    assert error < (0.5 if pruned else 0.02)
+    first = path.read_bytes()
+    assert fit(allowed)[0].read_bytes() == first
+
+
+def test_what_cannot_fit_is_refused_with_numbers_and_without_a_file(fit, full_size, tmp_path):
+    with pytest.raises(
+        train_gpt.ArtifactError, match=r"FIT_BYTES=1 leaves \d+ bytes too many of the 5000 .*prune_fraction=0\.9.*; use"
+    ):
+        fit(5000)
+    assert not (tmp_path / "fit.ptz").exists()
+    assert full_size > 5000
+
+
+def test_fitting_packs_seldom_and_stays_within_three_rungs_of_the_finest_that_fits():
+    """With sizes that are the entropy plus a part no estimate knows: found in three packs."""
+    weight = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0))
+    packs = []
+
+    def make(options: train_gpt.QuantizeOptions) -> dict[str, Tensor]:
+        return train_gpt.quantize({"qo_bank": weight}, {"qo_bank": "int6"}, options)
+
+    def pack(tensors: Mapping[str, Tensor]) -> bytes:
+        packs.append(1)
+        return bytes(int(1.01 * train_gpt.entropy_bound(tensors)) + 700)
+
+    for limit in (11_000, 9000, 7000, 6000):
+        packs.clear()
+        options, tensors, packed = train_gpt.fit_artifact(make, pack, train_gpt.QuantizeOptions(), limit)
+        assert len(packs) <= 3
+        assert len(packed) <= limit
+        assert len(pack(tensors)) == len(packed)
+        if options.prune_fraction:
+            finer = dataclasses.replace(options, prune_fraction=options.prune_fraction - 0.03)
+        else:
+            finer = dataclasses.replace(options, clip_std=options.clip_std / 1.03)
+        assert len(pack(make(finer))) > limit
+    kept = train_gpt.QuantizeOptions(clip_std=5.0, prune_fraction=0.3)
+    coarser = train_gpt.fit_artifact(make, pack, kept, 7000)[0]
+    assert coarser.clip_std > 5
+    assert coarser.prune_fraction >= 0.3

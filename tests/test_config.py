@@ -199,6 +199,18 @@ def test_a_number_that_cannot_be_a_count_of_channels_is_named():
         Config.from_env({"MODEL_DIM": "40", "ROPE_DIMS": "0"})
 
 
+def test_calibration_needs_a_reserve_and_training_the_rest():
+    with pytest.raises(ConfigError, match=r"^TRAIN_RESERVE_SECONDS=600.0 .* less than MAX_WALLCLOCK_SECONDS=600"):
+        Config.from_env({"TRAIN_RESERVE_SECONDS": "600"})
+    with pytest.raises(ConfigError, match=r"^TRAIN_RESERVE_SECONDS=0.0 .* QUANTIZER=gptq"):
+        Config.from_env({"QUANTIZER": "gptq"})
+    config = Config.from_env({"QUANTIZER": "gptq", "TRAIN_RESERVE_SECONDS": "18"})
+    assert config.training_seconds == 582
+    assert Config.from_env({}).training_seconds == 600
+    uncapped = Config.from_env({"QUANTIZER": "gptq", "TRAIN_RESERVE_SECONDS": "18", "MAX_WALLCLOCK_SECONDS": "0"})
+    assert uncapped.training_seconds == 0
+
+
 @pytest.mark.parametrize("name", train_gpt.FIELD_RANGES)
 def test_each_numeric_range_is_enforced_at_both_ends(name):
     low, high = train_gpt.FIELD_RANGES[name]
@@ -212,7 +224,7 @@ def test_each_numeric_range_is_enforced_at_both_ends(name):
 def test_every_number_has_a_range():
     """A numeric field without a range would accept anything; those with a list of choices need none."""
     numeric = {f.name for f in dataclasses.fields(Config) if type(f.default) in (int, float)}
-    assert numeric == set(train_gpt.FIELD_RANGES) | {"qat_bits"}
+    assert numeric == set(train_gpt.FIELD_RANGES) | {"qat_bits", "attn_bits", "mlp_bits", "embed_bits"}
 
 
 @pytest.mark.parametrize(("given_name", "meant"), NEAR_MISSES)

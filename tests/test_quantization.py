@@ -1,5 +1,7 @@
 """The integer grid, alone, under training and against reference numbers."""
 
+import dataclasses
+import functools
 import shutil
 from typing import Any
 
@@ -14,10 +16,12 @@ from golden_support import (
     make_trainer,
     random_ids,
     randomize,
+    search_scale,
     tiny_config,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import event, events_of, tiny_environ, train_rows
 from torch import Tensor
 
 import train_gpt
@@ -50,16 +54,25 @@ def amax_scale(grid: train_gpt.Grid, weight: Tensor) -> Tensor:
     return grid.scale(weight.abs().amax(dim=-1, keepdim=True))
 
 
-@settings(max_examples=150, deadline=None)
-@given(weight=banks(), bits=st.sampled_from(BITS))
-@example(weight=torch.full((2, 3), torch.finfo(torch.float32).max), bits=6)
-@example(weight=torch.full((2, 3), 1e-45), bits=8)
-def test_fake_quantization_is_decode_of_encode_bit_for_bit(weight, bits):
-    grid = train_gpt.Grid(bits)
-    scale = amax_scale(grid, weight)
+def own_scale(grid: train_gpt.Grid, weight: Tensor) -> Tensor:
+    """By the rule of the grid: the largest weight of a row, or so many of its root mean squares."""
+    if not grid.clip_std:
+        return amax_scale(grid, weight)
+    return grid.scale(grid.clip_std * weight.square().mean(-1, keepdim=True).sqrt())
+
+
+@settings(max_examples=200, deadline=None)
+@given(weight=banks(), bits=st.sampled_from(BITS), clip_std=st.sampled_from([0.0, 1.0, 3.5, 12.85]))
+@example(weight=torch.full((2, 3), torch.finfo(torch.float32).max), bits=6, clip_std=0.0)
+@example(weight=torch.full((2, 3), torch.finfo(torch.float32).max), bits=6, clip_std=4.0)
+@example(weight=torch.full((2, 3), 1e-45), bits=8, clip_std=0.0)
+@example(weight=torch.full((2, 3), 1e-45), bits=8, clip_std=4.0)
+def test_fake_quantization_is_decode_of_encode_bit_for_bit(weight, bits, clip_std):
+    grid = train_gpt.Grid(bits, clip_std)
+    scale = own_scale(grid, weight)
     levels = grid.encode(weight, scale)
     decoded = grid.decode(levels, scale)
-    faked: Tensor = train_gpt.fake_quantize(weight, bits)  # pyright: ignore[reportAssignmentType]
+    faked: Tensor = train_gpt.fake_quantize(weight, bits, clip_std)  # pyright: ignore[reportAssignmentType]
     assert torch.equal(faked, decoded)
     assert faked.shape == weight.shape
     assert (levels.dtype, scale.dtype, decoded.dtype) == (torch.int8, torch.float16, torch.float32)
@@ -70,6 +83,25 @@ def test_fake_quantization_is_decode_of_encode_bit_for_bit(weight, bits):
     assert levels.abs().max() <= grid.qmax == 2 ** (bits - 1) - 1
     assert torch.equal(decoded == 0, levels == 0)
     assert (decoded * weight >= 0).all()  # no sign turns
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_at_the_ends_of_what_fp16_scales_can_say(bits):
+    """Zero rows stay zero, constant rows stay constant, rows too small vanish, rows too large end at a finite bound."""
+    grid = train_gpt.Grid(bits)
+    pattern = torch.tensor([1.0, -0.5, 0.25, 0.0])
+    sizes = torch.tensor([0.0, 1e-12, 2.0**-25, 1e-6 * grid.qmax, 0.3, 1e4, 1e9])
+    weight = torch.cat([sizes[:, None] * pattern, torch.full((1, 4), -0.3)])
+    zero, nothing, half, small, usual, large, huge, constant = grid.round_trip(weight)
+    assert torch.equal(zero, torch.zeros(4))
+    assert torch.equal(nothing, torch.zeros(4))
+    assert torch.equal(half, torch.zeros(4))  # half the least scale: to even
+    assert ((small - weight[3]).abs() <= 2.0**-24 * (0.5 + grid.qmax / 2)).all()  # its scale, 1e-6, keeps 4 bits
+    for row, original in ((usual, weight[4]), (large, weight[5])):
+        assert ((row - original).abs() <= original.abs().max() * (0.5 / grid.qmax + 2.0**-11)).all()
+    assert huge.tolist() == [65_504.0 * grid.qmax, -65_504.0 * grid.qmax, 65_504.0 * grid.qmax, 0.0]
+    assert len(set(constant.tolist())) == 1
+    assert constant[0].item() == pytest.approx(-0.3, rel=2.0**-11)
 
 
 @settings(max_examples=150, deadline=None)
@@ -139,7 +171,7 @@ def quantile_scale(grid: train_gpt.Grid, weight: Tensor, quantile: float) -> Ten
 @given(weight=banks(), bits=st.sampled_from(BITS))
 def test_searched_scale_is_the_best_of_the_quantiles_for_every_row(weight, bits):
     grid = train_gpt.Grid(bits)
-    scale = train_gpt.search_scale(weight, grid)
+    scale = search_scale(weight, grid)
     assert scale.shape == (*weight.shape[:-1], 1)
     assert scale.dtype == torch.float16
     found = square_error(grid, weight, scale)
@@ -152,9 +184,21 @@ def test_search_prefers_clipping_one_outlier_to_losing_the_row():
     row = torch.tensor(golden_values("row", 4096)).float()[None]
     row[0, 7] = 2.0
     grid = train_gpt.Grid(6)
-    found, unclipped = train_gpt.search_scale(row, grid), amax_scale(grid, row)
+    found, unclipped = search_scale(row, grid), amax_scale(grid, row)
     assert found.item() < 0.9 * unclipped.item()
     assert square_error(grid, row, found).item() < 0.9 * square_error(grid, row, unclipped).item()
+
+
+def test_a_clip_of_so_many_standard_deviations_takes_the_place_of_the_search():
+    weight = torch.tensor(golden_values("rows", 4 * 256)).float().view(1, 4, 256)
+    for clip_std in (1.5, 3.0, 12.85):
+        grid = train_gpt.Grid(6, clip_std)
+        rms = (weight.double() ** 2).mean(-1, keepdim=True).sqrt()
+        assert torch.equal(search_scale(weight, grid), (clip_std * rms / 31).half())
+        used = grid.encode(weight, search_scale(weight, grid)).abs().amax()
+        assert used == min(31, round(31 * weight.abs().max().item() / (clip_std * rms.min().item())))
+    constant = torch.full((1, 2, 16), 0.25)
+    torch.testing.assert_close(train_gpt.Grid(6, 1.0).round_trip(constant), constant, rtol=2.0**-11, atol=0)
 
 
 # Reference numbers ----------------------------------------------------------------------------------------
@@ -194,7 +238,7 @@ def test_scale_floor_differs_from_the_reference_on_purpose(codec, matrix):
     """The earlier submissions let no scale fall below 1/qmax, so a row whose largest weight is below 1 lost levels:
     W3, with weights up to 0.08, kept 5 of 63 at 6 bits. Here a scale is bounded by the least positive fp16 alone."""
     grid, weight, recorded, at_floor = split_at_floor(codec, matrix)
-    ours = train_gpt.search_scale(weight, grid)
+    ours = search_scale(weight, grid)
     assert (ours[at_floor] < recorded[at_floor]).all()
     better, theirs = square_error(grid, weight, ours), square_error(grid, weight, recorded)
     assert (better <= theirs * (1 + 1e-6)).all()
@@ -208,7 +252,7 @@ def test_scale_floor_differs_from_the_reference_on_purpose(codec, matrix):
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_search_by_row_agrees_with_the_recorded_search_by_row(matrix):
     recorded = golden_tensor("quant", f"700_best_row_scales15/{matrix}")
-    ours = train_gpt.search_scale(golden_tensor("quant", f"in/{matrix}"), train_gpt.Grid(5))[:, 0]
+    ours = search_scale(golden_tensor("quant", f"in/{matrix}"), train_gpt.Grid(5))[:, 0]
     free = recorded > 1.001 / 15  # the rest sits at the floor that is no longer there
     assert torch.equal(ours[free], recorded[free].half())
     assert (ours[~free] < recorded[~free]).all()
@@ -262,10 +306,16 @@ def test_qat_forward_is_the_forward_of_the_quantized_weights(model):
         assert (qat - model.logits(ids)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("tables", [{}, LARGE_TABLES, LARGE_TABLES | dict(tie_embeddings=False)])
-def test_qat_quantizes_only_what_the_artifact_quantizes(tables):
+ROLES: list[dict[str, Any]] = [
+    {}, LARGE_TABLES, LARGE_TABLES | dict(tie_embeddings=False), LARGE_TABLES | dict(embed_bits=5, attn_bits=8),
+    LARGE_TABLES | dict(embed_bits=16, mlp_bits=5, tie_embeddings=False), dict(qat_bits=0, attn_bits=7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ROLES)
+def test_qat_quantizes_only_what_the_artifact_quantizes(choice):
     """A table that the export keeps in half precision must not be trained as if it lost bits."""
-    model = randomize(train_gpt.GPT(tiny_config(**tables)))
+    model = randomize(train_gpt.GPT(tiny_config(**choice)))
     ids = random_ids(model.config, 2, 24)
     state = model.state_dict()
     for name, codec in train_gpt.export_plan(model).items():
@@ -275,6 +325,46 @@ def test_qat_quantizes_only_what_the_artifact_quantizes(tables):
     stored.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(model.logits(ids, qat=True), stored.logits(ids))
+
+
+def test_each_role_has_its_bits():
+    def codecs(**changes: Any) -> dict[str, str]:
+        return train_gpt.export_plan(train_gpt.GPT(tiny_config(**LARGE_TABLES, tie_embeddings=False, **changes)))
+
+    attention, mlp = ("qo_bank", "kv_bank"), ("mlp_up_bank", "mlp_down_bank")
+    embeddings = (*EMBEDDINGS, "lm_head.weight")
+    plain, mixed, half = codecs(), codecs(attn_bits=5, mlp_bits=7, embed_bits=6), codecs(qat_bits=5, embed_bits=16)
+    untrained = codecs(qat_bits=0, mlp_bits=8)
+    for names, expected in (
+        (attention, ("int6", "int5", "int5", "int6")), (mlp, ("int6", "int7", "int5", "int8")),
+        (embeddings, ("int8", "int6", "fp16", "int8")), (("bigram.proj.weight",), ("fp16",) * 4),
+        (("smear.gate",), ("fp32",) * 4),
+    ):  # fmt: skip
+        for name in names:
+            assert tuple(plan[name] for plan in (plain, mixed, half, untrained)) == expected, name
+    assert tiny_config(qat_bits=5).bits_label == "int5"
+    assert tiny_config(attn_bits=7, mlp_bits=5).bits_label == "int5_7"
+
+
+@pytest.mark.parametrize("changes", [dict(clip_std=3.0), dict(embed_clip_std=6.0), dict(clip_std=2.5, qat_bits=5)])
+def test_with_clips_by_standard_deviation_qat_sees_the_very_artifact(changes, tmp_path):
+    model = randomize(train_gpt.GPT(tiny_config(**LARGE_TABLES, mtp_num_heads=0, **changes)))
+    ids = random_ids(model.config, 2, 24)
+    train_gpt.save_artifact(model, "0" * 16, tmp_path / "m.ptz")
+    loaded, _, _ = train_gpt.load_artifact(tmp_path / "m.ptz")
+    names = train_gpt.BANK_NAMES if "clip_std" in changes else EMBEDDINGS
+    for name in names:
+        grid = model.grids[name]
+        assert grid is not None
+        assert torch.equal(loaded.get_parameter(name), grid.round_trip(model.get_parameter(name)))
+        plain = train_gpt.Grid(grid.bits).round_trip(model.get_parameter(name))
+        assert not torch.equal(loaded.get_parameter(name), plain)
+    if "embed_clip_std" not in changes:
+        state = {name: value for name, value in loaded.state_dict().items() if name in train_gpt.BANK_NAMES}
+        twin = train_gpt.GPT(dataclasses.replace(model.config))
+        twin.load_state_dict(quantized_copy(model).state_dict() | state)
+        with torch.no_grad():
+            assert torch.equal(twin.logits(ids), model.logits(ids, qat=True))
 
 
 @pytest.mark.parametrize("name", [*train_gpt.BANK_NAMES, *EMBEDDINGS])
@@ -321,6 +411,75 @@ def test_the_training_step_obeys_the_qat_switch():
         trainer.train_step(0, lr_scale=1.0)
         losses.append(trainer.train_loss.item())
     assert losses[0] != losses[1]
+
+
+# CROWN-Q --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bits", [(5, 7), (6, 6)])
+def test_crown_q_by_brute_force(bits):
+    """Mean over all bank weights of w²·(row's largest / qmax)²/12, and its gradient, δ's part of it included."""
+    model = randomize(train_gpt.GPT(tiny_config(attn_bits=bits[0], mlp_bits=bits[1])))
+    penalty = model.crown_q()
+    penalty.backward()
+    count = sum(model.get_parameter(name).numel() for name in train_gpt.BANK_NAMES)
+    total = 0.0
+    for name in train_gpt.BANK_NAMES:
+        qmax = 2 ** (bits[name.startswith("mlp")] - 1) - 1
+        weight = model.get_parameter(name).detach().double()
+        step = weight.abs().amax(-1, keepdim=True) / qmax
+        total += (weight**2 * step**2).sum().item()
+        largest = (weight.abs() == weight.abs().amax(-1, keepdim=True)).double()
+        through_step = largest * weight.sign() * 2 * step / qmax * (weight**2).sum(-1, keepdim=True)
+        expected = (2 * weight * step**2 + through_step) / (12 * count)
+        gradient = grad_of(model.get_parameter(name)).double()
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+    assert penalty.item() == pytest.approx(total / (12 * count), rel=1e-5)
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in train_gpt.BANK_NAMES)
+
+
+def penalty_after(crown_q_lambda: float, qat: bool) -> tuple[float, list[float], train_gpt.Trainer]:
+    """Penalty after five steps, and the losses printed on the way."""
+    config = tiny_config(crown_q_lambda=crown_q_lambda, matrix_lr=0.01, grad_clip_norm=0.0)
+    trainer = make_trainer(randomize(train_gpt.GPT(config)), config)
+    trainer.controls.qat = qat
+    losses = []
+    for step in range(5):
+        trainer.train_step(step, lr_scale=1.0)
+        losses.append(trainer.train_loss.item())
+    return trainer.model.crown_q().item(), losses, trainer
+
+
+def test_crown_q_acts_while_qat_is_on_and_stays_out_of_the_train_loss():
+    plain, plain_losses, plain_trainer = penalty_after(0.0, qat=True)
+    strong, strong_losses, trainer = penalty_after(1e8, qat=True)
+    assert strong < 0.9 * plain
+    assert strong_losses[0] == plain_losses[0]  # the same weights: the penalty is no part of what is printed
+    assert strong_losses[1:] != plain_losses[1:]
+    assert trainer.crown_q_loss is not None
+    assert trainer.crown_q_loss.item() > 0
+    assert plain_trainer.crown_q_loss is None
+    without, off_losses, _ = penalty_after(0.0, qat=False)
+    assert penalty_after(1e8, qat=False)[:2] == (without, off_losses)
+
+
+def compilations(run_main: Any, environ: dict[str, str]) -> int:
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage]
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = events_of(environ)
+    assert {row["qat"] for row in train_rows(rows)} == {0, 1}
+    assert all(("crown_q" in row) == bool(row["qat"]) for row in train_rows(rows))  # nothing is left of the warm-up
+    return event(rows, "compilations_in_timed_window")["count"]
+
+
+def test_no_compilation_when_qat_and_crown_q_begin(run_main, tiny_data, tmp_path, monkeypatch):
+    """Graphs are counted where they are traced, so a back end that does nothing with them serves."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    environ = tiny_environ(
+        tiny_data, tmp_path, COMPILE=1, WARMUP_STEPS=1, ITERATIONS=6, WARMDOWN_ITERS=6, LATE_QAT_THRESHOLD=0.5,
+        CROWN_Q_LAMBDA=1.0, NUM_LAYERS=1, VE_LAYERS=0, MTP_NUM_HEADS=0, TTT_ENABLED=0, EVAL_STRIDE=32,
+    )  # fmt: skip
+    assert compilations(run_main, environ) == 0
+    assert compilations(run_main, environ | dict(WARMUP_STEPS="0")) >= 3  # QAT off, QAT on, the penalty
 
 
 def test_reference_arrays_are_all_there():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support import REPO, SCRIPT, VAL_TARGETS, Run, event, events_of, read_events, run_script, tiny_environ, train_rows
 
+import train_gpt
 from train_gpt import BANK_NAMES, Config, Trainer, load_artifact, save_artifact
 
 
@@ -199,7 +200,7 @@ def test_quantization_aware_training_begins_at_its_threshold(train):
     without, _ = train(LATE_QAT_THRESHOLD=0)
     late, _ = train(LATE_QAT_THRESHOLD=0.5)
     switched = event(late, "qat_on")
-    assert (switched["step"], switched["bits"]) == (16, 6)
+    assert (switched["step"], switched["codec"]) == (16, "int6")
     assert switched["lr_scale"] == pytest.approx(0.4)
     assert [row["qat"] for row in train_rows(late)] == [0] * 16 + [1] * 4
     losses, others = ([row["train_loss"] for row in train_rows(events)] for events in (late, without))
@@ -328,6 +329,37 @@ def test_the_ledger_is_what_lies_on_disk(tiny_run: Run):
         assert re.search(f"^{line}$", tiny_run.process.stdout, re.MULTILINE), line
 
 
+def test_too_large_ends_the_run_before_scoring_unless_it_may_be_made_to_fit(
+    run_main, tiny_run: Run, tiny_data, tmp_path, monkeypatch
+):
+    """With another compressor than the default one, which the ledger names and the loader finds out by itself."""
+    monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", train_gpt.code_bytes() + tiny_run.artifact.stat().st_size - 2000)
+    settings = dict(ITERATIONS=3, COMPRESSOR="brotli")
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, **settings))
+    assert outcome.returncode == 2
+    assert "Serialized model int6+brotli" in outcome.stdout
+    assert "final_int6" not in outcome.stdout
+    assert re.fullmatch(r"error: the submission is \d+ bytes over \d+; set FIT_BYTES=1 .*\n", outcome.stderr)
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, FIT_BYTES=1, **settings))
+    assert outcome.returncode == 0, outcome.stderr
+    events = read_events(tmp_path / "logs" / "run.jsonl")
+    total, fitted = next(row for row in events if "limit" in row and "bytes" in row), event(events, "packing")
+    assert total["bytes"] <= train_gpt.SIZE_LIMIT_BYTES
+    assert fitted["clip_std"] > 3
+    assert math.isfinite(event(events, "final_int8_zlib_roundtrip_exact")["val_bpb"])
+
+
+def test_an_artifact_of_other_code_is_scored_with_a_note(run_main, tiny_run: Run, tiny_data, tmp_path, monkeypatch):
+    environ = tiny_environ(tiny_data, tmp_path, EVAL_ONLY=1, ARTIFACT=tiny_run.artifact)
+    before = run_main(environ)
+    monkeypatch.setattr(train_gpt, "code_digest", lambda: "0" * 16)
+    after = run_main(environ)
+    assert before.returncode == after.returncode == 0
+    assert "note: other code" not in before.stdout
+    assert re.search(r"\nnote: other code wrote this artifact \([0-9a-f]{16}\) than reads it \(0+\)\n", after.stdout)
+    assert before.stdout.splitlines()[-1] == after.stdout.splitlines()[-1]
+
+
 NUMBER = r"\d+\.\d{4}"
 EXACT = r"\d+\.\d{8}"
 LINES = [
@@ -342,6 +374,7 @@ LINES = [
     rf"step:20/20 val_loss:{NUMBER} val_bpb:{NUMBER} train_time:\d+ms step_avg:\d+\.\d\dms",
     r"peak memory allocated: \d+ MiB.*",
     rf"DIAGNOSTIC post_ema val_loss:{NUMBER} val_bpb:{NUMBER} eval_time:\d+ms",
+    rf"packing payload:\d+ entropy_bound:\d+ ratio:{NUMBER} clip_std:{NUMBER} .*prune_fraction:{NUMBER}",
     r"quantization time:\d+\.\ds .*",
     r"Serialized model int6\+zstd: \d+ bytes",
     r"Code size: \d+ bytes.*",

@@ -335,7 +335,8 @@ RESTART_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume")
 NOT_TRAINING = (
     *RESTART_FIELDS, "run_id", "out_dir", "data_path", "tokenizer_path", "kg_path", "artifact", "device", "attention",
     "compile", "warmup_steps", "micro_batch_tokens", "train_log_every", "val_", "eval_", "ttt_", "polyak_decay",
-    "mixer", "ngram_", "alpha_", "entropy_expert",
+    "mixer", "ngram_", "alpha_", "entropy_expert", "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes",
+    "compressor",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -489,7 +490,7 @@ class Runtime:
             device_id = self.device if backend == "nccl" else None
             # torchrun may keep its store over a restart, with the addresses of processes that are gone.
             store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.TIMEOUT))[0])
-            place = dict(store=store, rank=self.rank, world_size=self.world_size)
+            place: dict[str, Any] = dict(store=store, rank=self.rank, world_size=self.world_size)
             dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
             # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
             self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
@@ -659,6 +660,7 @@ class RunLog:
         if not self.active:
             return
         self._clear_bar()
+        text = text.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes that are no text
         for file in (sys.stdout, self.text_file):
             self._write(file, text + "\n")
 
@@ -798,6 +800,15 @@ def nest(flat: Mapping[str, Tensor]) -> dict[str, Any]:
     return tree
 
 
+def same_kinds(template: Any, value: Any) -> None:
+    """Raises KeyError, TypeError unless the value has the template's keys and kinds of leaves."""
+    if isinstance(template, dict):
+        for name, inner in template.items():
+            same_kinds(inner, value[name])
+    elif type(value) is not type(template) and not {type(value), type(template)} <= {int, float}:
+        raise TypeError(f"{value!r} where something like {template!r} is expected")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Take over the state of parameters by their index."""
     numbered = {int(index): dict(entry) for index, entry in state.items()}
@@ -871,28 +882,27 @@ class Checkpoints:
             self.log.row("checkpoint", **self.cost)
         self.pending = None
 
-    def read(self, path: Path) -> bytes:
-        """The bytes of a whole checkpoint. Raises CheckpointError."""
+    def read(self, path: Path) -> tuple[bytes, State]:
+        """The bytes of a whole checkpoint and what they hold. Raises CheckpointError."""
         try:
             content = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"cannot read the checkpoint {path} (RESUME): {error.strerror}") from error
-        unpack_state(content, path)
-        return content
+        return content, unpack_state(content, path)
 
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank. Raises CheckpointError when the one RESUME names is none."""
-        content = b""
+        content, state = b"", None
         for path in candidates if self.runtime.is_main else ():
             try:
-                content, self.newest = self.read(path), str(path)
+                (content, state), self.newest = self.read(path), str(path)
                 break
             except CheckpointError as error:
                 if str(path) == self.config.resume:
                     raise
                 self.log.row("checkpoint_skipped", str(error))
         content = self.runtime.bytes_from_main(content)
-        return unpack_state(content, self.newest) if content else None
+        return state if self.runtime.is_main or not content else unpack_state(content, "rank 0's checkpoint")
 
     def stop(self, number: int, **where: Any) -> None:
         """Finish writing, say where the run stands, and raise Stopped."""
@@ -930,7 +940,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 def find_shards(folder: str, split: str) -> list[Path]:
     """Shards `*_{split}_*.bin` of a data folder, sorted. Raises DataError when there are none."""
-    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    paths = sorted(Path(folder).glob(f"*_{split}_*.bin")) if os.path.isdir(folder) else []
     if not paths:
         raise DataError(
             f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; "
@@ -1063,18 +1073,18 @@ class Tokenizer:
 
     def __init__(self, path: str, vocab_size: int):
         sentencepiece = require("sentencepiece", "counting the bytes of the validation text")
-        if not Path(path).is_file():
+        if not os.path.isfile(path):  # false for names that no system can hold, where Path.is_file raises
             advice = "run data/fetch_fineweb.py or data/prepare.py"
             raise DataError(f"no tokenizer at TOKENIZER_PATH={path}; {advice}")
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self.pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
             raise DataError(f"TOKENIZER_PATH={path} is not a readable SentencePiece model") from error
         if model.vocab_size() != vocab_size:
             pieces = model.vocab_size()
             raise ConfigError(f"TOKENIZER_PATH={path} has {pieces} pieces, but VOCAB_SIZE={vocab_size}")
         self.model = model
-        self.pieces = [model.id_to_piece(i) for i in range(vocab_size)]
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(vocab_size)]
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in self.pieces]
         sizes = [1 if model.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)]
@@ -1820,7 +1830,7 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.muon.step(self.config.matrix_lr * lr_scale, muon_momentum, finite)
-        self.adamw.found_inf = (~finite).float()  # the fused kernel's own switch, which gradient scalers use
+        vars(self.adamw)["found_inf"] = (~finite).float()  # the fused kernel's own switch, which gradient scalers use
         self.adamw.step()
         return norm
 
@@ -2105,19 +2115,26 @@ class Trainer:
             model=self.model.state_dict(), muon=dict(zip(BANK_NAMES, momentum)), rng=torch.get_rng_state(),
             adamw=self.optimizers.adamw.state_dict()["state"], average=dict(enumerate(self.average.shadow)),
         )  # fmt: skip
-        meta = dict(
+        self.checkpoints.save(flatten(tensors), self._progress(finished), began)
+
+    def _progress(self, finished: bool = False) -> dict[str, Any]:
+        """All of a checkpoint but its tensors."""
+        return dict(
             step=self.step, elapsed_s=self.elapsed_s, finished=finished, controls=dataclasses.asdict(self.controls),
             health=dataclasses.asdict(self.health), average_count=self.average.count, loss_history=self.loss_history,
             swarm=None if self.swarm is None else self.swarm.state_dict(), world_size=self.runtime.world_size,
             identity=self.identity, config=dataclasses.asdict(self.config),
         )  # fmt: skip
-        self.checkpoints.save(flatten(tensors), meta, began)
 
     def restore(self, state: State, source: str) -> None:
         """Stand where `save` stood, at any world size. Raises ConfigError, CheckpointError."""
         try:
             tensors, meta = nest(state[0]), state[1]
             self._check_same_run(meta, source)
+            compared = {name: value for name, value in self._progress().items() if name not in ("config", "swarm")}
+            same_kinds(compared, meta)
+            if not (0 <= meta["step"] <= self.config.iterations and meta["elapsed_s"] >= 0):
+                raise ValueError("impossible step or time")
             self.model.load_state_dict(tensors["model"])
             for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
                 shard.load_momentum(tensors["muon"][name])
@@ -2132,11 +2149,13 @@ class Trainer:
             self.elapsed_s = self.saved_at_s = self.clock.total_s = meta["elapsed_s"]
             if self.swarm is not None:
                 self.swarm.load_state_dict(meta["swarm"])
+                self.swarm.summary()  # reads all of it
+            saved_by = meta["world_size"]
+            self.log.row("resumed", step=self.step, **{"from": source}, **self._timing(), saved_by_ranks=saved_by)
         except (*MALFORMED, RuntimeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise CheckpointError(f"{source} has unexpected content ({type(error).__name__}: {error})") from error
-        self.log.row("resumed", step=self.step, **{"from": source}, **self._timing(), saved_by_ranks=meta["world_size"])
 
     def _check_same_run(self, meta: Mapping[str, Any], source: str) -> None:
         ours, theirs = (json.loads(json.dumps(fields)) for fields in (dataclasses.asdict(self.config), meta["config"]))
@@ -2864,11 +2883,15 @@ class Progress:
         if not state:
             self.pieces = 0
             return []
-        if scorer.runtime.is_main:
-            scorer.sampled.copy_(state["sampled"])
-        if trainer is not None:
-            trainer.load_state(state)
-        return [[state["logp"].numpy(), state["entropy"].numpy()]]
+        try:
+            if scorer.runtime.is_main:
+                scorer.sampled.copy_(state["sampled"])
+            if trainer is not None:
+                trainer.load_state(state)
+            return [[state["logp"].numpy(), state["entropy"].numpy()]]
+        except (*MALFORMED, RuntimeError) as error:
+            name = "OUT_DIR/checkpoints/evaluation.safetensors"
+            raise CheckpointError(f"unexpected content of {name} ({error}): remove it") from error
 
     def advance(
         self, scores: list[list[np.ndarray]], scorer: WindowScorer, trainer: TestTimeTrainer | None = None
@@ -3651,11 +3674,11 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
     config, runtime, log = trainer.config, trainer.runtime, trainer.log
     path, record = config.artifact_path, checkpoints.folder / "artifact.txt"
     weights = [value.cpu().numpy() for value in trainer.model.state_dict().values()]
-    source, written = digest_of(*weights, config.portable().to_json(), *code_paths()), ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        written = record.read_text(encoding="utf-8")
+    source = digest_of(*weights, config.portable().to_json(), *code_paths())
     checkpoints.finish()
-    reused = bool(runtime.from_main(path.is_file() and written == f"{source} {digest_of(path)}")[0])
+    known = record.read_bytes() if record.is_file() else b""
+    own = path.is_file() and known == f"{source} {digest_of(path)}".encode()  # of the run that goes on here
+    reused = bool(runtime.from_main(own)[0])
     hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
     if runtime.is_main:
         began = time.perf_counter()

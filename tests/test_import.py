@@ -126,7 +126,7 @@ def test_run_without_cuda_says_so(run_main, tiny_data, tmp_path):
 
 @pytest.mark.parametrize(("choice", "package"), [("fa3", "flash_attn_interface"), ("fa2", "flash_attn")])
 def test_flash_attention_is_needed_only_when_asked_for(monkeypatch, choice, package):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     device = torch.device("cuda", 0)
     with absent("flash_attn", "flash_attn_interface"):
@@ -144,5 +144,5 @@ def test_triton_is_needed_only_to_compile_for_cuda():
         runtime.device = torch.device("cuda", 0)
         assert not train_gpt.wants_compile(eager, runtime)
         for config in (compiled, train_gpt.Config()):
-            with pytest.raises(train_gpt.UserError, match="'triton'.*pip install triton"):
+            with pytest.raises(train_gpt.UserError, match=r"'triton'.*pip install triton"):
                 train_gpt.wants_compile(config, runtime)

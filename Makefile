@@ -7,6 +7,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 RUN := runs/demo
+PROGRAMS := train_gpt.py swarm_agents.py kg_data.py data tools bench
 
 .PHONY: demo test lint audit-deps clean
 
@@ -30,6 +31,7 @@ demo: $(RUN)/kg_blob.txt
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.10- $(PROGRAMS)
 
 test: lint
 	$(BIN)/python -m pytest

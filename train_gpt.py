@@ -84,11 +84,14 @@ class Stopped(Exception):
 
 
 def require(package: str, purpose: str) -> types.ModuleType:
-    """Import an optional package where it is first needed, or say which one is missing and for what."""
+    """Import an optional package where it is first needed. Raises UserError: which one is missing and for what."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{purpose} needs the package {package!r}: pip install {package}") from error
+        name = package.partition(".")[0]
+        built_in = name in sys.stdlib_module_names  # not every Python is built with lzma
+        advice = "use a Python that was built with it" if built_in else f"pip install {name}"
+        raise UserError(f"{purpose} needs the package {name!r} ({error}): {advice}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -234,13 +237,20 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """The config stored in an artifact. Unknown or missing fields raise ConfigError."""
-        values = json.loads(text)
+        """The config stored in an artifact. Raises ConfigError: damaged, other fields, another type, out of range."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the stored config is no JSON: {error}") from None
         known = typing.get_type_hints(cls)
         if not isinstance(values, dict) or set(values) != set(known):
-            odd = sorted(set(known).symmetric_difference(values)) if isinstance(values, dict) else values
+            odd = sorted(set(known).symmetric_difference(values)) if isinstance(values, dict) else type(values).__name__
             raise ConfigError(f"the stored config does not have this version's fields; they differ in {odd}")
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        for name, value in values.items():
+            if not _stored_as(value, known[name]):
+                wanted = cls.__annotations__[name]
+                raise ConfigError(f"the stored config has {name.upper()}={value!r:.80}: expected {wanted}")
+            values[name] = tuple(value) if isinstance(value, list) else value
         return cls(**values).validate()
 
     def to_json(self) -> str:
@@ -410,7 +420,7 @@ FIELD_CHOICES: dict[str, tuple[Any, ...]] = {
 
 def _expect(ok: bool, config: Config, name: str, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{name.upper()}={getattr(config, name)} cannot be used: expected {allowed}")
+        raise ConfigError(f"{name.upper()}={getattr(config, name)!s:.80} cannot be used: expected {allowed}")
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:
@@ -431,6 +441,13 @@ def _parse(variable: str, text: str, kind: Any) -> Any:
         shown = {int: "a whole number", float: "a finite number", bool: "0, 1, true or false"}
         wanted = shown.get(kind, "auto, 0 or 1" if kind == bool | None else "whole numbers with commas between")
         raise ConfigError(f"{variable}={text!r} cannot be read: expected {wanted}") from None
+
+
+def _stored_as(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON may fill a field of that type. A float may be whole; true is no number."""
+    if kind == tuple[int, ...]:
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) in (typing.get_args(kind) or (kind, int if kind is float else kind))
 
 
 def _reject_misspelt(environ: Mapping[str, str], known: set[str]) -> None:
@@ -2247,7 +2264,12 @@ class Trainer:
 
 
 def wants_compile(config: Config, runtime: Runtime) -> bool:
-    return runtime.device.type == "cuda" if config.compile is None else config.compile
+    """Raises UserError where compiling is wanted and Triton is missing."""
+    on_cuda = runtime.device.type == "cuda"
+    wanted = on_cuda if config.compile is None else config.compile
+    if wanted and on_cuda:
+        require("triton", "compiling for CUDA (COMPILE=0 runs without)")
+    return wanted
 
 
 def compile_count() -> int:
@@ -3705,6 +3727,8 @@ def run(config: Config, runtime: Runtime) -> Score:
     log.row("track:adaptive" if adaptive else "track:fixed_predictor")
     checkpoints = Checkpoints(config, runtime, log)
     if not config.eval_only:
+        for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
+            require(package, "writing the artifact")  # said now, not after the training
         train_artifact(config, runtime, log, tokenizer, validation, checkpoints)
     _, attend = choose_attention(config.attention, runtime.device)
     model, _, metadata = load_artifact(config.artifact_path, attend)

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import math
+import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import train_gpt
@@ -280,13 +281,61 @@ def test_json_is_validated():
         Config.from_json(json.dumps({**values, "eval_stride": 5000}))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("seed", "1337"), ("num_layers", [11]), ("ve_layers", "9"), ("iterations", None)]
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
 )
-def test_json_with_values_of_another_type_is_refused(field, value):
-    values = json.loads(Config().to_json())
-    with pytest.raises((ConfigError, TypeError)):
-        Config.from_json(json.dumps({**values, field: value}))
+HINTS = typing.get_type_hints(Config)
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether JSON's `value` is of the annotation `kind`, said apart from the program."""
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, (int, float) if kind is float else int)
+    if kind == bool | None:
+        return value is None or isinstance(value, bool)
+    if kind == tuple[int, ...]:
+        return isinstance(value, list) and all(fits(item, int) for item in value)
+    return isinstance(value, bool if kind is bool else str)
+
+
+@given(name=st.sampled_from(sorted(HINTS)), value=JSON_VALUES)
+@example(name="seed", value="1337")
+@example(name="seed", value=True)
+@example(name="seed", value=1.0)
+@example(name="fit_bytes", value=1)
+@example(name="num_layers", value=[11])
+@example(name="ve_layers", value="9")
+@example(name="ve_layers", value=[9.0])
+@example(name="matrix_lr", value="0.02")
+@example(name="matrix_lr", value=10**400)
+@example(name="iterations", value=None)
+@example(name="device", value=None)
+@example(name="run_id", value=["x" * 10_000])
+def test_json_values_are_of_the_annotated_type_or_the_field_is_named(name, value):
+    stored = {**json.loads(Config().to_json()), name: value}
+    try:
+        config, complaint = Config.from_json(json.dumps(stored)), ""
+    except ConfigError as error:
+        config, complaint = None, str(error)
+    if config is None:
+        assert name.upper() in complaint
+        assert len(complaint) < 300
+        assert fits(value, HINTS[name]) or "expected" in complaint
+    else:
+        assert fits(value, HINTS[name])
+        held = getattr(config, name)
+        assert (list(held) if isinstance(held, tuple) else held) == value
+
+
+@given(text=st.text(max_size=40))
+@example(text="[" * 100_000)
+@example(text='{"seed":')
+@example(text="1" * 5000)
+def test_json_that_is_no_stored_config_is_one_clear_error(text):
+    with pytest.raises(ConfigError, match="the stored config"):
+        Config.from_json(text)
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity"])

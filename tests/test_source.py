@@ -210,7 +210,7 @@ def test_nothing_is_pickled_or_evaluated():
 
 def test_every_import_is_declared():
     third_party = {name.partition(".")[0] for name in imported_modules()} - set(sys.stdlib_module_names) - {"?"}
-    third_party -= {"flash_attn", "flash_attn_interface", "brotli"}  # optional
+    third_party -= {"flash_attn", "flash_attn_interface", "triton", "brotli"}  # optional
     siblings = {name.removesuffix(".py") for name in train_gpt.CODE_FILES}
     declared = {
         line.split(">")[0].split("=")[0].split("#")[0].strip()

@@ -1,6 +1,7 @@
-"""Make README's performance table from what bench/run_all.py wrote.
+"""Make README's performance table from what bench/run_all.py wrote, and its recipe table from train_gpt.RECIPES.
 
-    python tools/report.py             # print the table
+    python tools/report.py             # print the performance table
+    python tools/report.py --recipes   # print what each recipe sets
     python tools/report.py --write     # put it between README's two markers
 
 For each device the newest file bench/results/<device>-*.json counts. README marks the place by the lines
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,34 @@ def between_markers(text: str) -> tuple[int, int]:
     return first, last + len(MARKERS[1])
 
 
+def setting(name: str, value: Any) -> str:
+    """FIELD=value as the environment would say it."""
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    elif value is None or isinstance(value, bool):
+        value = "auto" if value is None else int(value)
+    return f"{name.upper()}={value}"
+
+
+def recipe_table(recipes: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row a recipe: the settings that it makes beyond the defaults."""
+    lines = ["| recipe | sets beyond the defaults |", "|---|---|"]
+    for recipe, values in recipes.items():
+        lines.append(f"| `{recipe}` | {' '.join(f'`{setting(*item)}`' for item in values.items())} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="change README.md")
+    parser.add_argument("--recipes", action="store_true", help="print the recipe table instead")
     args = parser.parse_args(argv)
+    if args.recipes:
+        sys.path.insert(0, str(REPO))
+        import train_gpt  # brings torch, which the other table does without
+
+        print(recipe_table(train_gpt.RECIPES))
+        return 0
     readme = REPO / "README.md"
     try:
         rendered = render()

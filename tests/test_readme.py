@@ -1,0 +1,247 @@
+"""README says what is true: its commands run, and the settings, files, log lines and recipes that it names exist."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import prepare
+import pytest
+from support import REPO, make_documents, tiny_environ
+
+import train_gpt
+from tools import report
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
+
+# Every command of README stands in one of these four tables; a new one goes where it is run, or where it cannot be.
+# 1. Run below, in this order, with small sizes set in the environment.
+PREPARE = "python data/prepare.py texts/ --out data/mine --train-tokenizer 1024"
+BLOB = "python tools/build_kg.py blob --tokenizer data/mine/tokenizer.model --out data/mine/kg_blob.txt"
+TRAIN = "DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model KG_PATH=data/mine/kg_blob.txt python train_gpt.py"
+RUN_HERE = (PREPARE, BLOB, TRAIN)
+# 2. Run by continuous integration.
+RUN_BY_CI = ("make test",)
+# 3. Run, with other paths, by another test: FILE::TEST.
+RUN_BY_TEST = {
+    "EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py": (
+        "test_import.py::test_packages_of_other_settings_are_not_needed"
+    ),
+    "python tools/audit.py --artifact final_model.int6.ptz": "AUDIT_ARTIFACT",
+    "python tools/audit.py --quick": "test_audit.py::test_valid_code_passes_every_check",
+    "python tools/build_kg.py graph --edges wordnet_edges.tsv.zst --text english_train.jsonl.zst "
+    "--out data/kg_words.tsv": "test_kg.py::test_graph_step_from_files_is_deterministic_and_independent_of_processes",
+    "python tools/build_kg.py blob --tokenizer data/tokenizers/fineweb_1024_bpe.model": (
+        "test_kg.py::test_rewriting_kg_data_changes_blob_and_command_alone"
+    ),
+}
+# 4. Not run here: why. Their scripts, options, settings and targets are checked like those of all others.
+NOT_RUN = {
+    "make demo": "minutes",
+    'make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"': "network and minutes",
+    "pip install -r requirements.txt": "network",
+    "python data/fetch_fineweb.py": "network; tests/test_fetch_fineweb.py runs it against a folder",
+    "SEED=1337 torchrun --nproc_per_node=8 train_gpt.py": "eight GPUs",
+    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-endpoint=…": "two nodes",
+    "pytest -m gpu": "a GPU",
+}
+# What a run or a reader makes, and what is downloaded: named in README, not in the repository.
+ELSEWHERE = {
+    "final_model.int6.ptz", "wordnet_edges.tsv.zst", "english_train.jsonl.zst", "fineweb_1024_bpe.model",
+    "data/tokenizers/fineweb_1024_bpe.model", "texts/",
+}  # fmt: skip
+MADE = re.compile(r"(runs|data/mine)/|logs/<")
+
+COMMAND = re.compile(r"(?:[A-Z][A-Z0-9_]*=\S* )*(?:make|pip|pytest|python3?|torchrun)(?: |$)")
+FILE = re.compile(r"(?<![\w/.*-])[\w<>.-]*(?:/[\w<>.-]+)*(?:/|\.(?:py|md|txt|json|jsonl|tsv|toml|zst|png|ptz|model))(?=$|\s)")
+
+
+def code_blocks(text: str) -> Iterator[str]:
+    """The lines of code blocks, fenced or indented, without prompts; continued lines are joined."""
+    fenced, lines, before = False, [], ""
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced or (line.startswith("    ") and (not before.strip() or before.startswith("    "))):
+            lines.append(line.strip().removeprefix("$ "))
+        before = line
+    yield from filter(None, lines)
+
+
+def inline_code(text: str) -> list[str]:
+    """What stands between backticks in prose; a line may break in it."""
+    return [" ".join(found.split()) for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+
+
+def commands(text: str) -> list[str]:
+    """Every line of a code block but comments, and inline code that begins like a command line."""
+    block = [re.sub(r"\s+#.*$", "", line) for line in code_blocks(text) if not line.startswith("#")]
+    inline = [code for code in inline_code(text) if COMMAND.match(code) and " " in code]
+    return [" ".join(line.split()) for line in block + inline]
+
+
+def table_after(text: str, start: str) -> list[dict[str, str]]:
+    """The rows of the first table after `start`, by column name in lower case."""
+    lines = text[text.index(start) :].splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+    names = [name.lower() for name in rows[0]]
+    return [dict(zip(names, row)) for row in rows[2:]]
+
+
+def known() -> set[str]:
+    return {*RUN_HERE, *RUN_BY_CI, *RUN_BY_TEST, *NOT_RUN}
+
+
+def test_commands_are_found_however_they_are_written():
+    text = "text\n\n    $ make a  # why\n    # comment\n\n```bash\nX=1 python b.py \\\n  --c\n```\n`make d=1` and `make`\n"
+    assert commands(text) == ["make a", "X=1 python b.py --c", "make d=1"]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands(README)))
+def test_every_command_is_run_somewhere_or_said_not_to_be(command):
+    assert command in known(), "put it into one of the four tables above, and run it there if that can be"
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands(README)))
+def test_scripts_options_settings_and_targets_of_a_command_exist(command):
+    words = shlex.split(command)
+    settings = {}
+    while re.match(r"[A-Z][A-Z0-9_]*=", words[0]):
+        name, _, settings[name] = words.pop(0).partition("=")
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        assert re.search(rf"^{targets[0]}:", MAKEFILE, re.MULTILINE)
+        result = subprocess.run(["make", "-n", *words[1:]], cwd=REPO, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout
+    scripts = [word for word in words if word.endswith(".py")]
+    for script in scripts:
+        source = (REPO / script).read_text(encoding="utf-8")
+        for option in words[words.index(script) :]:
+            assert not option.startswith("--") or f'"{option.partition("=")[0]}"' in source, f"{script} has no {option}"
+    if "train_gpt.py" in scripts:
+        assert train_gpt.Config.from_env(settings)
+
+
+@pytest.mark.parametrize("place", sorted(set(RUN_BY_TEST.values())))
+def test_tests_that_run_commands_exist(place):
+    file, _, test = place.partition("::")
+    assert f"def {test}(" in (REPO / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_test_command():
+    ci = (REPO / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert set(RUN_BY_CI) <= set(ci)
+
+
+@pytest.fixture(scope="module")
+def own_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The three commands for one's own text, run as README has them from a folder with texts; (console, log file)."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "texts").mkdir()
+    for seed in range(40):
+        text = "\n\n".join(make_documents(seed, 40))
+        (folder / "texts" / f"{seed}.txt").write_text(text, encoding="utf-8")
+    words = [shlex.split(command) for command in RUN_HERE]
+    small = tiny_environ(folder, folder, RECIPE=None, KG_ENABLED=1, SWARM_EVERY=5, VAL_LOSS_EVERY=10, VOCAB_SIZE=1024)
+    small |= dict(word.split("=", 1) for word in words[2] if "=" in word)
+    small |= dict(EVAL_STRIDE="32", VAL_TOKENS="600", MAX_WALLCLOCK_SECONDS="100", TTT_EPOCHS="1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert prepare.main([*words[0][2:], "--workers", "1"]) == 0
+        patch.syspath_prepend(REPO / "tools")
+        assert importlib.import_module("build_kg").main(words[1][2:]) == 0
+        with mock.patch.dict(os.environ, small, clear=True), contextlib.redirect_stdout(io.StringIO()) as console:
+            assert train_gpt.main() == 0
+    return console.getvalue(), (folder / "logs" / "run.txt").read_text(encoding="utf-8")
+
+
+def test_own_text_is_trained_on_and_scored(own_text_run):
+    console, log = own_text_run
+    last = console.splitlines()[-1]
+    assert last.startswith("final_int8_zlib_roundtrip_exact")
+    assert log.endswith(console.splitlines()[-1] + "\n")
+
+
+def log_patterns() -> list[str]:
+    """The lines of README's log table: `…` stands for anything, N and M for numbers, [x] for with and without x."""
+    cells = [row["line"] for row in table_after(README, "How to read the log")]
+    lines = [line for cell in cells for line in inline_code(cell)]
+    return [form for line in lines for form in {re.sub(r"\[.*?\]", "", line), re.sub(r"[\[\]]", "", line)}]
+
+
+@pytest.mark.parametrize("line", log_patterns())
+def test_lines_of_the_log_table_occur_in_a_run(line, own_text_run):
+    pattern = re.escape(line).replace("N/M", r"\d+/\d+").replace("…", ".*")
+    found = [row for row in own_text_run[0].splitlines() if re.match(pattern, row)]
+    assert found, f"no line like {line!r} on the console"
+    assert found[-1] in own_text_run[1]
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 300
+
+
+def test_settings_named_are_settings():
+    named = set(re.findall(r"\b([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|[A-Z][A-Z0-9]+(?==))", README))
+    fields = {name.upper() for name in train_gpt.Config.__annotations__}
+    assert len(named & fields) > 8
+    assert named <= fields | set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.MULTILINE))
+
+
+def named_files() -> set[str]:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    code = [word for text in [*inline_code(README), *commands(README)] for word in FILE.findall(text)]
+    return {*links, *code} - {"/"}
+
+
+def test_files_named_exist():
+    named = named_files()
+    assert {"train_gpt.py", "data/prepare.py", "bench/results/"} <= named
+    folders = (REPO, REPO / "data", REPO / "tools", REPO / "bench", REPO / "tests")
+    missing = {
+        name
+        for name in named - ELSEWHERE
+        if not MADE.match(name) and not name.startswith(".") and not any((folder / name).exists() for folder in folders)
+    }
+    assert not missing
+
+
+def recipes_of(text: str) -> dict[str, dict[str, Any]]:
+    """What the column `sets beyond the defaults` of a table of recipes says, read as the environment would be."""
+    kinds = typing.get_type_hints(train_gpt.Config)
+    found: dict[str, dict[str, Any]] = {}
+    for row in table_after(text, "| recipe |"):
+        pairs = [item.partition("=")[::2] for item in inline_code(row["sets beyond the defaults"])]
+        found[row["recipe"].strip("`").split()[0]] = {
+            name.lower(): train_gpt._parse(name, value, kinds[name.lower()]) for name, value in pairs
+        }
+    return found
+
+
+def test_generated_recipe_table_reads_back_as_the_recipes():
+    assert recipes_of(report.recipe_table(train_gpt.RECIPES)) == train_gpt.RECIPES
+    odd = {"odd": dict(ve_layers=(9, 10), compile=None, ln_scale=False, matrix_lr=1e-05, run_id="x")}
+    assert recipes_of(report.recipe_table(odd)) == odd
+    assert recipes_of(report.recipe_table({"odd": dict(ve_layers=())})) == {"odd": dict(ve_layers=())}
+
+
+@pytest.mark.skipif("| recipe |" not in README, reason="README has no table of recipes")
+def test_recipe_table_is_what_the_code_sets():
+    assert recipes_of(README) == train_gpt.RECIPES, "python tools/report.py --recipes prints the column"

@@ -2637,6 +2637,8 @@ def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple
         metadata = json.loads(header["__metadata__"]["train_gpt"])
         if metadata["format"] != ARTIFACT_FORMAT:
             raise ArtifactError(f"{path} has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
+        if not all(isinstance(metadata[name], str) for name in ("tokenizer", "code")):
+            raise TypeError("digests that are no text")
         config = Config.from_json(metadata["config"])
         with torch.device("meta"):  # shapes alone: a config that asks for too much must cost nothing
             model = GPT(config, attend, initialize=False)

@@ -262,7 +262,9 @@ class Config:
             _expect(low <= getattr(self, name) <= high, self, name, f"a value from {low:g} to {high:g}")
         for name, allowed in FIELD_CHOICES.items():
             _expect(getattr(self, name) in allowed, self, name, "one of " + ", ".join(map(str, allowed)))
-        heads, layers, rotated = self.num_heads, self.num_layers, self.rope_dims or self.head_dim
+        heads, layers, width = self.num_heads, self.num_layers, self.head_dim
+        rotated, window, seq_len = self.rope_dims or width, self.eval_seq_len, self.train_seq_len
+        hashed, chunk = self.ngram_counts == "hashed", self.ttt_chunk_tokens if self.ttt_enabled else window
         frozen = self.ttt_freeze_blocks if self.ttt_enabled else 0
         cap, reserve = self.max_wallclock_seconds, self.max_wallclock_seconds and self.train_reserve_seconds
         rules = (
@@ -270,32 +272,21 @@ class Config:
             (self.head_dim % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
             (heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={heads}"),
             (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "MLP_MULT × MODEL_DIM to be whole"),
-            (
-                rotated % 2 == 0 and 4 <= rotated <= self.head_dim,
-                "rope_dims",
-                f"0 (all) or an even number from 4 to {self.head_dim}",
-            ),
+            (rotated in range(4, width + 1, 2), "rope_dims", f"0 (all) or an even number from 4 to {width}"),
             (self.xsa_last_n <= layers, "xsa_last_n", f"at most NUM_LAYERS={layers}"),
             (set(self.ve_layers) <= set(range(layers)), "ve_layers", f"layers from 0 to {layers - 1}"),
             (len(set(self.ve_layers)) == len(self.ve_layers), "ve_layers", "no layer twice"),
-            (self.eval_stride <= self.eval_seq_len, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
+            (self.eval_stride <= window, "eval_stride", f"at most EVAL_SEQ_LEN={window}"),
             # A shorter chunk would be trained on before all of it is scored.
-            (
-                not self.ttt_enabled or self.ttt_chunk_tokens >= self.eval_seq_len,
-                "ttt_chunk_tokens",
-                f"at least EVAL_SEQ_LEN={self.eval_seq_len}",
-            ),
+            (chunk >= window, "ttt_chunk_tokens", f"at least EVAL_SEQ_LEN={window}"),
             (self.alpha_base + self.alpha_range <= 1, "alpha_range", f"at most 1 - ALPHA_BASE={self.alpha_base:g}"),
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0, "ngram_buckets", "a power of two"),
             (reserve == 0 or reserve < cap, "train_reserve_seconds", f"less than MAX_WALLCLOCK_SECONDS={cap:g}"),
             (reserve > 0 or not cap or self.quantizer == "lite", "train_reserve_seconds", "above 0 for QUANTIZER=gptq"),
             (frozen <= layers, "ttt_freeze_blocks", f"at most NUM_LAYERS={layers}"),
-            (self.mtp_num_heads < self.train_seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={self.train_seq_len}"),
-            (
-                self.train_batch_tokens % self.train_seq_len == 0,
-                "train_batch_tokens",
-                f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}",
-            ),
+            (self.mtp_num_heads < seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={seq_len}"),
+            (self.train_batch_tokens % seq_len == 0, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={seq_len}"),
+            (not hashed or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
         )
         for ok, name, allowed in rules:
             _expect(ok, self, name, allowed)
@@ -556,15 +547,15 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work | None:
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
         """Start summing `full` over ranks into this rank's `shard`; wait on the result before reading."""
         operation = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
-        return operation(shard, full, async_op=True)
+        return typing.cast(dist.Work, operation(shard, full, async_op=True))
 
-    def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work | None:
+    def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
         """Start collecting every rank's `shard`, in rank order, into `full`."""
         operation = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return operation(full, shard, async_op=True)
+        return typing.cast(dist.Work, operation(full, shard, async_op=True))
 
     def from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
@@ -602,9 +593,7 @@ class Runtime:
         padded = part.new_zeros(max(sizes))
         padded[: len(part)] = part
         full = part.new_empty(self.world_size, max(sizes))
-        work = self.all_gather(full.view(-1), padded)
-        if work is not None:
-            work.wait()
+        self.all_gather(full.view(-1), padded).wait()
         return torch.cat([row[:size] for row, size in zip(full, sizes)])
 
     def synchronize(self) -> None:
@@ -1679,22 +1668,13 @@ BANK_NAMES = tuple(BANK_PARTS)
 # ----------------------------------------------------------------------------------------------------------
 # 6. Optimizers: Parallel Muon on the banks, AdamW on the rest, and the schedules.
 # ----------------------------------------------------------------------------------------------------------
-class OptimizerRule(NamedTuple):
-    """How a role is trained: optimizer, and the fields of Config that hold its learning rate and weight decay."""
-
-    optimizer: str
-    lr_field: str
-    wd_field: str
-
-
-OPTIMIZER_TABLE = {
-    "bank": OptimizerRule("muon", "matrix_lr", "muon_wd"),
-    "tied_embedding": OptimizerRule("adamw", "tied_embed_lr", "adam_wd"),
-    "untied_embedding": OptimizerRule("adamw", "embed_lr", "adam_wd"),
-    "table": OptimizerRule("adamw", "tied_embed_lr", "adam_wd"),
-    "output_head": OptimizerRule("adamw", "head_lr", "adam_wd"),
-    "mtp_head": OptimizerRule("adamw", "head_lr", "adam_wd"),
-    "control": OptimizerRule("adamw", "scalar_lr", "adam_wd"),
+ADAMW_LR_FIELDS = {  # role → field of Config; banks are Muon's, with MATRIX_LR
+    "tied_embedding": "tied_embed_lr",
+    "untied_embedding": "embed_lr",
+    "table": "tied_embed_lr",
+    "output_head": "head_lr",
+    "mtp_head": "head_lr",
+    "control": "scalar_lr",
 }
 
 
@@ -1761,14 +1741,14 @@ class Muon:
         # bf16 halves the time on CUDA; on a CPU fp32 keeps every world size on the same trajectory.
         self.dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
 
-    def reduce_gradients(self) -> list[dist.Work | None]:
+    def reduce_gradients(self) -> list[dist.Work]:
         if self.runtime.world_size == 1:
             return []
         return [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in self.shards]
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, finite: Tensor) -> None:
-        gathers: list[dist.Work | None] = []
+        gathers: list[dist.Work] = []
         for shard in self.shards:
             momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
             shard.momentum = torch.where(finite, momentum_now, shard.momentum)
@@ -1782,8 +1762,7 @@ class Muon:
             else:
                 gathers.append(self.runtime.all_gather(shard.values, updated))
         for work in gathers:
-            if work is not None:
-                work.wait()
+            work.wait()
 
 
 def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -1813,13 +1792,14 @@ class Optimizers:
         self.skipped = torch.zeros(2, device=self.flat_grad.device)  # updates left out: in a row, in all
 
     def _build_adamw(self, parameters: Mapping[str, nn.Parameter], roles: Mapping[str, str]) -> torch.optim.AdamW:
-        groups: dict[OptimizerRule, list[nn.Parameter]] = {}
+        groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
-            groups.setdefault(OPTIMIZER_TABLE[roles[name]], []).append(parameter)
-        rows = []
-        for rule, members in groups.items():
-            lr, wd = getattr(self.config, rule.lr_field), getattr(self.config, rule.wd_field)
-            rows.append(dict(params=members, base_lr=lr, weight_decay=wd))
+            groups.setdefault(ADAMW_LR_FIELDS[roles[name]], []).append(parameter)
+        wd = self.config.adam_wd
+        rows = [
+            dict(params=members, base_lr=getattr(self.config, field_name), weight_decay=wd)
+            for field_name, members in groups.items()
+        ]
         betas, eps = (self.config.beta1, self.config.beta2), self.config.adam_eps
         return torch.optim.AdamW(rows, lr=0.0, betas=betas, eps=eps, fused=True)
 
@@ -1833,8 +1813,7 @@ class Optimizers:
         pending = self.muon.reduce_gradients()
         self.runtime.all_reduce_sum(self.flat_grad)
         for work in pending:
-            if work is not None:
-                work.wait()
+            work.wait()
         own = [shard.own_grad for shard in self.muon.shards]
         bank_square = torch.stack([grad.square().sum() for grad in own]).sum()
         norm = (self.runtime.all_reduce_sum(bank_square) + self.flat_grad.square().sum()).sqrt()
@@ -2076,7 +2055,7 @@ class Trainer:
         scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
         result = summarize(scores, self.validation)
         self.log.row(
-            f"step:{self.step}/{self.config.iterations}", self.validation.note,
+            f"step:{self.step}/{self.config.iterations}", result.note,
             **result.headline(), **self._timing(),
         )  # fmt: skip
 
@@ -2709,6 +2688,8 @@ def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple
         metadata = json.loads(header["__metadata__"]["train_gpt"])
         if metadata["format"] != ARTIFACT_FORMAT:
             raise ArtifactError(f"{path} has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
+        if not all(isinstance(metadata[name], str) for name in ("tokenizer", "code")):
+            raise TypeError("digests that are no text")
         config = Config.from_json(metadata["config"])
         with torch.device("meta"):  # shapes alone: a config that asks for too much must cost nothing
             model = GPT(config, attend, initialize=False)
@@ -2789,11 +2770,13 @@ class Score(NamedTuple):
     val_bpb: float  # bits per byte
     tokens: int
     bytes: int
+    partial: bool  # VAL_TOKENS cut the validation split
     valid: bool = True  # false: the probabilities do not sum to 1, and the number is no code length
 
     @property
     def note(self) -> str:
-        return "" if self.valid else "INVALID"
+        """Put behind the result wherever it is written."""
+        return " ".join(["partial"] * self.partial + ["INVALID"] * (not self.valid))
 
     def headline(self) -> dict[str, Any]:
         """What every result line shows."""
@@ -2808,7 +2791,8 @@ def summarize(scores: TokenScores, validation: ValidationSet) -> Score:
 def score_of(total_logp: float, validation: ValidationSet, valid: bool = True) -> Score:
     """Bits per byte: Σ nll / (ln 2 · Σ bytes)."""
     tokens, total_bytes = validation.num_targets, int(validation.bytes.sum(dtype=np.int64))
-    return Score(-total_logp / tokens, -total_logp / (math.log(2) * total_bytes), tokens, total_bytes, valid)
+    bpb = -total_logp / (math.log(2) * total_bytes)
+    return Score(-total_logp / tokens, bpb, tokens, total_bytes, validation.partial, valid)
 
 
 def sample_targets(num_targets: int) -> np.ndarray:
@@ -3571,6 +3555,13 @@ def make_mixer(config: Config) -> Mixer | None:
     return None
 
 
+def log_result(log: RunLog, name: str, result: Score, seconds: float, **extra: Any) -> None:
+    """An evaluation stage's two lines: to be read, with its seconds, and exact."""
+    fields = result.headline() | extra
+    log.row(name, result.note, **fields, eval_time_ms=1000 * seconds)
+    log.row(f"{name}_exact", result.note, **fields)
+
+
 def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, validation: ValidationSet) -> Score:
     """Mix the stream once, on rank 0, and log the score with the mass that shows whether it is one."""
     began = time.perf_counter()
@@ -3584,10 +3575,8 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
         sums = [float(logp.sum()), float(probe.mass.mean()), float(np.abs(probe.mass - 1).max())]
     total_logp, mass, worst = runtime.from_main(*sums)
     result = score_of(total_logp, validation, valid=worst <= MASS_TOLERANCE)
-    fields: dict[str, Any] = result.headline() | {"mass": mass, "worst": worst, "valid": result.valid}
-    note = " ".join(filter(None, (validation.note, result.note)))
-    log.row("final_mixed", note, **fields, eval_time_ms=1000 * (time.perf_counter() - began))
-    log.row("final_mixed_exact", note, **fields)
+    seconds = time.perf_counter() - began
+    log_result(log, "final_mixed", result, seconds, mass=mass, worst=worst, valid=result.valid)
     return result
 
 
@@ -3612,9 +3601,7 @@ def evaluate(
             progress.results.append([float(scores.logp.sum(dtype=np.float64)), seconds])
         total_logp, seconds = progress.results[index]
         result = score_of(total_logp, validation)
-        fields: dict[str, Any] = result.headline() | extra
-        log.row(name, validation.note, **fields, eval_time_ms=1000 * seconds)
-        log.row(f"{name}_exact", validation.note, **fields)
+        log_result(log, name, result, seconds, **extra)
     assert scores is not None
     assert result is not None
     mixer = make_mixer(config)
@@ -3658,18 +3645,16 @@ def digest_of(*parts: Any) -> str:
 
 def train_artifact(
     config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints,
 ) -> None:  # fmt: skip
     """Train a model, average its weights and write the artifact; from a checkpoint only what is missing of that."""
-    checkpoints = checkpoints or Checkpoints(config, runtime, log)
-    backend, attend = choose_attention(config.attention, runtime.device)
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
-    model = GPT(config, attend)
+    model = GPT(config, choose_attention(config.attention, runtime.device)[1])
     importance = seed_embeddings(model, tokenizer, log) if config.kg_enabled else None
     model.to(runtime.device)
     log.row("train_shards", count=len(stream.shards), tokens=len(stream))
-    log.row("model", parameters=sum(p.numel() for p in model.parameters()), attention=backend)
+    log.row("model", parameters=sum(p.numel() for p in model.parameters()))
     log.row("batch", tokens=config.train_batch_tokens, grad_accum_steps=loader.plan.grad_accum_steps)
     if importance is not None:
         importance = importance.to(runtime.device)
@@ -3686,7 +3671,7 @@ def train_artifact(
     result = summarize(score_stream(model, config, runtime, validation, config.eval_seq_len), validation)
     average = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     seconds = time.perf_counter() - began
-    log.row(f"DIAGNOSTIC {average}", validation.note, **result.headline(), eval_time_ms=1000 * seconds)
+    log.row(f"DIAGNOSTIC {average}", result.note, **result.headline(), eval_time_ms=1000 * seconds)
     write_artifact(trainer, tokenizer, checkpoints)
     loader.close()
 
@@ -3717,7 +3702,8 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
 def run(config: Config, runtime: Runtime) -> Score:
     """The whole job: train (unless EVAL_ONLY), reload the artifact into a fresh model, score it."""
     log = RunLog(config, runtime)
-    log.line(runtime.describe())
+    backend, attend = choose_attention(config.attention, runtime.device)
+    log.line(f"{runtime.describe()} attention:{backend}")
     log.row("config", **dataclasses.asdict(config))
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)
@@ -3730,7 +3716,6 @@ def run(config: Config, runtime: Runtime) -> Score:
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
             require(package, "writing the artifact")  # said now, not after the training
         train_artifact(config, runtime, log, tokenizer, validation, checkpoints)
-    _, attend = choose_attention(config.attention, runtime.device)
     model, _, metadata = load_artifact(config.artifact_path, attend)
     if metadata["tokenizer"] != tokenizer.digest:
         raise ArtifactError(f"{config.artifact_path} needs another tokenizer than {config.tokenizer_path}")
@@ -3741,8 +3726,7 @@ def run(config: Config, runtime: Runtime) -> Score:
     progress = Progress(checkpoints, identity)
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, progress)
     checkpoints.forget_evaluation()
-    note = " ".join(filter(None, (validation.note, result.note)))
-    log.row("final_int8_zlib_roundtrip_exact", note, **result.headline(), valid=result.valid)
+    log.row("final_int8_zlib_roundtrip_exact", result.note, **result.headline(), valid=result.valid)
     log.close()
     return result
 

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 

@@ -129,6 +129,8 @@ class Config:
     qk_gain_init: float = 1.5
     bigram_vocab_size: int = 2048
     bigram_dim: int = 128
+    bigram_start_bucket: bool = True  # of its own for position 0; else the token before it counts as 0
+    zero_init_out: bool = True  # output and down projections; else orthogonal, divided by √(2·NUM_LAYERS)
     smear_bos_mask: bool = True
     xsa_last_n: int = 4
     rope_dims: int = 16  # 0: all dimensions of a head
@@ -343,13 +345,29 @@ RESTART_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume")
 NOT_TRAINING = (
     *RESTART_FIELDS, "run_id", "out_dir", "data_path", "tokenizer_path", "kg_path", "artifact", "device", "attention",
     "compile", "warmup_steps", "micro_batch_tokens", "train_log_every", "val_", "eval_", "ttt_", "polyak_decay",
-    "mixer", "ngram_", "alpha_", "entropy_expert",
+    "mixer", "ngram_", "alpha_", "entropy_expert", "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes",
+    "compressor",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
 RECIPES: dict[str, dict[str, Any]] = {
-    "swarm": dict(mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, ttt_enabled=True, mixer="backoff"),
-    "leaky": dict(ttt_enabled=True),
+    "swarm": dict(  # pull request 1081
+        mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, fit_bytes=True, ttt_enabled=True, mixer="backoff",
+    ),
+    "backoff": dict(mtp_num_heads=2, fit_bytes=True, mixer="backoff-published", ngram_counts="hashed"),  # 1094
+    "leaky": dict(fit_bytes=True, ttt_enabled=True),  # 977
+    "hedge": dict(  # 700
+        num_kv_heads=8, mlp_mult=3.5, leaky_slope=0.5, bigram_vocab_size=6144, xsa_last_n=11, matrix_lr=0.025,
+        warmdown_iters=3500, qat_bits=5, late_qat_threshold=0.5, crown_q_lambda=0.01, quantizer="gptq",
+        prune_fraction=0.03, train_reserve_seconds=18.0, fit_bytes=True, ttt_enabled=True, ttt_optimizer="adamw",
+        ttt_lr=1e-4, ttt_lr_ramp=3.0, ttt_epochs=4, ttt_chunk_tokens=131_072, ttt_freeze_blocks=9, ttt_scope="last",
+        polyak_decay=0.998, ttt_byte_weighted=True, ttt_temperature=0.98, mixer="hedge",
+    ),
+    "smear": dict(  # 150
+        leaky_slope=0.0, bigram_start_bucket=False, zero_init_out=False, xsa_last_n=0, rope_dims=0, rope_base=50_000.0,
+        rope_train_len=0, ln_scale=False, ve_layers=(), matrix_lr=0.025, warmdown_iters=3000, late_qat_threshold=1.0,
+        weight_average="swa", embed_bits=16, fit_bytes=True, ttt_enabled=True,
+    ),
     "demo": dict(
         data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
         num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, ve_layers=(2,), ve_dim=32, bigram_dim=64,
@@ -489,7 +507,7 @@ class Runtime:
             device_id = self.device if backend == "nccl" else None
             # torchrun may keep its store over a restart, with the addresses of processes that are gone.
             store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.TIMEOUT))[0])
-            place = dict(store=store, rank=self.rank, world_size=self.world_size)
+            place: dict[str, Any] = dict(store=store, rank=self.rank, world_size=self.world_size)
             dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
             # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
             self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
@@ -659,6 +677,7 @@ class RunLog:
         if not self.active:
             return
         self._clear_bar()
+        text = text.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes that are no text
         for file in (sys.stdout, self.text_file):
             self._write(file, text + "\n")
 
@@ -798,6 +817,15 @@ def nest(flat: Mapping[str, Tensor]) -> dict[str, Any]:
     return tree
 
 
+def same_kinds(template: Any, value: Any) -> None:
+    """Raises KeyError, TypeError unless the value has the template's keys and kinds of leaves."""
+    if isinstance(template, dict):
+        for name, inner in template.items():
+            same_kinds(inner, value[name])
+    elif type(value) is not type(template) and not {type(value), type(template)} <= {int, float}:
+        raise TypeError(f"{value!r} where something like {template!r} is expected")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Take over the state of parameters by their index."""
     numbered = {int(index): dict(entry) for index, entry in state.items()}
@@ -871,28 +899,27 @@ class Checkpoints:
             self.log.row("checkpoint", **self.cost)
         self.pending = None
 
-    def read(self, path: Path) -> bytes:
-        """The bytes of a whole checkpoint. Raises CheckpointError."""
+    def read(self, path: Path) -> tuple[bytes, State]:
+        """The bytes of a whole checkpoint and what they hold. Raises CheckpointError."""
         try:
             content = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"cannot read the checkpoint {path} (RESUME): {error.strerror}") from error
-        unpack_state(content, path)
-        return content
+        return content, unpack_state(content, path)
 
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank. Raises CheckpointError when the one RESUME names is none."""
-        content = b""
+        content, state = b"", None
         for path in candidates if self.runtime.is_main else ():
             try:
-                content, self.newest = self.read(path), str(path)
+                (content, state), self.newest = self.read(path), str(path)
                 break
             except CheckpointError as error:
                 if str(path) == self.config.resume:
                     raise
                 self.log.row("checkpoint_skipped", str(error))
         content = self.runtime.bytes_from_main(content)
-        return unpack_state(content, self.newest) if content else None
+        return state if self.runtime.is_main or not content else unpack_state(content, "rank 0's checkpoint")
 
     def stop(self, number: int, **where: Any) -> None:
         """Finish writing, say where the run stands, and raise Stopped."""
@@ -930,7 +957,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 def find_shards(folder: str, split: str) -> list[Path]:
     """Shards `*_{split}_*.bin` of a data folder, sorted. Raises DataError when there are none."""
-    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    paths = sorted(Path(folder).glob(f"*_{split}_*.bin")) if os.path.isdir(folder) else []
     if not paths:
         raise DataError(
             f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; "
@@ -1063,18 +1090,18 @@ class Tokenizer:
 
     def __init__(self, path: str, vocab_size: int):
         sentencepiece = require("sentencepiece", "counting the bytes of the validation text")
-        if not Path(path).is_file():
+        if not os.path.isfile(path):  # false for names that no system can hold, where Path.is_file raises
             advice = "run data/fetch_fineweb.py or data/prepare.py"
             raise DataError(f"no tokenizer at TOKENIZER_PATH={path}; {advice}")
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self.pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
             raise DataError(f"TOKENIZER_PATH={path} is not a readable SentencePiece model") from error
         if model.vocab_size() != vocab_size:
             pieces = model.vocab_size()
             raise ConfigError(f"TOKENIZER_PATH={path} has {pieces} pieces, but VOCAB_SIZE={vocab_size}")
         self.model = model
-        self.pieces = [model.id_to_piece(i) for i in range(vocab_size)]
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(vocab_size)]
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in self.pieces]
         sizes = [1 if model.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)]
@@ -1342,11 +1369,14 @@ class LayerContext(NamedTuple):
 
 
 class BigramHash(nn.Module):
-    """Embedding of (previous, current) token pairs through a hash into B-1 buckets; bucket B-1 is position 0."""
+    """Embedding of (previous, current) token pairs through a hash into B-1 buckets.
+
+    Position 0 has bucket B-1 to itself, or takes its previous token for 0 (pull request 150).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.buckets = config.bigram_vocab_size
+        self.buckets, self.start_bucket = config.bigram_vocab_size, config.bigram_start_bucket
         self.embed = nn.Embedding(self.buckets, config.bigram_dim)
         self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
         self.scale = nn.Parameter(torch.tensor(0.05))
@@ -1354,8 +1384,9 @@ class BigramHash(nn.Module):
     def bucket(self, ids: Tensor) -> Tensor:
         """Bucket of every position, same shape as `ids` (B, T)."""
         narrow = ids.to(torch.int32)
-        mixed = torch.bitwise_xor(36313 * narrow[:, 1:], 27191 * narrow[:, :-1]) % (self.buckets - 1)
-        return F.pad(mixed, (1, 0), value=self.buckets - 1)
+        previous = F.pad(narrow[:, :-1], (1, 0))
+        mixed = torch.bitwise_xor(36313 * narrow, 27191 * previous) % (self.buckets - 1)
+        return F.pad(mixed[:, 1:], (1, 0), value=self.buckets - 1) if self.start_bucket else mixed
 
 
 class SmearGate(nn.Module):
@@ -1472,15 +1503,21 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """Embeddings normal(TIED_EMBED_INIT_STD); Q, K, V, MLP-up and the bigram projection orthogonal; output and
-        down projections, the bigram table, the VE projection and the heads zero. A product of two factors starts
-        with only one of them at zero: with both, neither would ever receive a gradient."""
+        down projections as ZERO_INIT_OUT says; the bigram table, the VE projection and the heads zero. A product of
+        two factors starts with only one of them at zero: with both, neither would ever receive a gradient."""
         generator = torch.Generator().manual_seed(self.config.seed)
         L = self.config.num_layers
         for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank):
             for matrix in bank:
                 nn.init.orthogonal_(matrix, generator=generator)
-        self.qo_bank[L:].zero_()
-        self.mlp_down_bank.zero_()
+        if self.config.zero_init_out:
+            self.qo_bank[L:].zero_()
+            self.mlp_down_bank.zero_()
+        else:
+            for matrix in self.mlp_down_bank:
+                nn.init.orthogonal_(matrix, generator=generator)
+            for bank in (self.qo_bank[L:], self.mlp_down_bank):
+                bank.div_(math.sqrt(2 * L))
         self.tok_emb.weight.normal_(std=self.config.tied_embed_init_std, generator=generator)
         nn.init.orthogonal_(self.bigram.proj.weight, generator=generator)
         self.bigram.embed.weight.zero_()
@@ -1491,6 +1528,23 @@ class GPT(nn.Module):
             self.lm_head.weight.zero_()
         for parameter in self.mtp_heads.parameters():
             parameter.zero_()
+
+    def load_earlier(self, state: Mapping[str, Tensor]) -> None:
+        """Load a checkpoint of pull requests 1081 and 977 (banks), or 700 and 150 (one matrix a layer).
+
+        Raises DataError that names what is missing, left over or of another shape.
+        """
+        renamed = {name.replace("bigram_hash.emb.", "bigram.embed."): tensor for name, tensor in state.items()}
+        renamed = {name.replace("bigram_hash.", "bigram."): tensor for name, tensor in renamed.items()}
+        for bank, parts in BANK_PARTS.items():
+            names = [f"blocks.{layer}.{part}.weight" for part in parts for layer in range(self.config.num_layers)]
+            if all(name in renamed for name in names):
+                renamed[bank] = torch.stack([renamed.pop(name) for name in names])
+        try:
+            self.load_state_dict(renamed)
+        except RuntimeError as error:
+            what = " ".join(str(error).split())
+            raise DataError(f"this checkpoint is of another model than RECIPE={self.config.recipe}: {what}") from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -1615,7 +1669,11 @@ class GPT(nn.Module):
         return {name: roles.get(name, "control") for name, _ in self.named_parameters()}
 
 
-BANK_NAMES = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # largest first
+BANK_PARTS = dict(  # largest bank first, with what its parts were called where every layer had its own matrices
+    mlp_up_bank=("mlp.fc",), mlp_down_bank=("mlp.proj",),
+    qo_bank=("attn.c_q", "attn.proj"), kv_bank=("attn.c_k", "attn.c_v"),
+)  # fmt: skip
+BANK_NAMES = tuple(BANK_PARTS)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1789,7 +1847,7 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.muon.step(self.config.matrix_lr * lr_scale, muon_momentum, finite)
-        self.adamw.found_inf = (~finite).float()  # the fused kernel's own switch, which gradient scalers use
+        vars(self.adamw)["found_inf"] = (~finite).float()  # the fused kernel's own switch, which gradient scalers use
         self.adamw.step()
         return norm
 
@@ -2074,19 +2132,26 @@ class Trainer:
             model=self.model.state_dict(), muon=dict(zip(BANK_NAMES, momentum)), rng=torch.get_rng_state(),
             adamw=self.optimizers.adamw.state_dict()["state"], average=dict(enumerate(self.average.shadow)),
         )  # fmt: skip
-        meta = dict(
+        self.checkpoints.save(flatten(tensors), self._progress(finished), began)
+
+    def _progress(self, finished: bool = False) -> dict[str, Any]:
+        """All of a checkpoint but its tensors."""
+        return dict(
             step=self.step, elapsed_s=self.elapsed_s, finished=finished, controls=dataclasses.asdict(self.controls),
             health=dataclasses.asdict(self.health), average_count=self.average.count, loss_history=self.loss_history,
             swarm=None if self.swarm is None else self.swarm.state_dict(), world_size=self.runtime.world_size,
             identity=self.identity, config=dataclasses.asdict(self.config),
         )  # fmt: skip
-        self.checkpoints.save(flatten(tensors), meta, began)
 
     def restore(self, state: State, source: str) -> None:
         """Stand where `save` stood, at any world size. Raises ConfigError, CheckpointError."""
         try:
             tensors, meta = nest(state[0]), state[1]
             self._check_same_run(meta, source)
+            compared = {name: value for name, value in self._progress().items() if name not in ("config", "swarm")}
+            same_kinds(compared, meta)
+            if not (0 <= meta["step"] <= self.config.iterations and meta["elapsed_s"] >= 0):
+                raise ValueError("impossible step or time")
             self.model.load_state_dict(tensors["model"])
             for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
                 shard.load_momentum(tensors["muon"][name])
@@ -2101,11 +2166,13 @@ class Trainer:
             self.elapsed_s = self.saved_at_s = self.clock.total_s = meta["elapsed_s"]
             if self.swarm is not None:
                 self.swarm.load_state_dict(meta["swarm"])
+                self.swarm.summary()  # reads all of it
+            saved_by = meta["world_size"]
+            self.log.row("resumed", step=self.step, **{"from": source}, **self._timing(), saved_by_ranks=saved_by)
         except (*MALFORMED, RuntimeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise CheckpointError(f"{source} has unexpected content ({type(error).__name__}: {error})") from error
-        self.log.row("resumed", step=self.step, **{"from": source}, **self._timing(), saved_by_ranks=meta["world_size"])
 
     def _check_same_run(self, meta: Mapping[str, Any], source: str) -> None:
         ours, theirs = (json.loads(json.dumps(fields)) for fields in (dataclasses.asdict(self.config), meta["config"]))
@@ -2381,8 +2448,8 @@ BANK_INPUTS = dict(  # what the rows of a bank are multiplied with, by the names
 def calibrate(trainer: Trainer) -> Hessians:
     """Hessians X·Xᵀ of every bank from the training tokens right after those of the last step, over all ranks.
 
-    Runs on the training clock: no batch is begun that would not end before MAX_WALLCLOCK_SECONDS. Where not even one
-    fits, the result is empty and rounding stays plain.
+    Reading training data runs on the training clock: no batch is begun that, as long as the one before, would not end
+    within MAX_WALLCLOCK_SECONDS. Where not even one fits, the result is empty and rounding stays plain.
     """
     config, runtime, clock = trainer.config, trainer.runtime, trainer.clock
     sums: dict[str, Tensor] = {}
@@ -2405,14 +2472,15 @@ def calibrate(trainer: Trainer) -> Hessians:
         before_s, now_s = now_s, clock.agreed()[0]
         batch_s = now_s - before_s
     moments = {name: runtime.all_reduce_sum(total) / max(tokens, 1) for name, total in sums.items()}
-    banks = BANK_INPUTS.items() if tokens else ()
+    clock.pause()  # what follows reads no training data
+    factors_began, banks = time.perf_counter(), BANK_INPUTS.items() if tokens else ()
     factors = {bank: factorize(torch.cat([moments[name] for name in inputs])) for bank, inputs in banks}
-    clock.pause()
+    runtime.synchronize()
     damping = torch.cat([factor.damping for factor in factors.values()]) if factors else torch.empty(0)
     trainer.log.row(
         "calibration", tokens=tokens, time_s=clock.total_s - began_s, train_and_calibration_s=clock.total_s,
-        budget_s=config.max_wallclock_seconds, more_damping=int((damping > DAMPING[0]).sum()),
-        without_factor=int(damping.isinf().sum()),
+        budget_s=config.max_wallclock_seconds, factors_s=time.perf_counter() - factors_began,
+        more_damping=int((damping > DAMPING[0]).sum()), without_factor=int(damping.isinf().sum()),
     )  # fmt: skip
     return factors
 
@@ -2573,7 +2641,8 @@ def fit_artifact(
 
     Entropy compares candidates, packing only confirms. Raises ArtifactError when even the coarsest are too large.
     """
-    widths = [(options.clip_std or 3.0) * 1.01**rung for rung in range(1, 101)]
+    # Below about 5 deviations a clip cuts outliers off and saves nothing: both the error and the entropy grow.
+    widths = [(options.clip_std or 5.0) * 1.01**rung for rung in range(1, 101)]
     fractions = [percent / 100 for percent in range(1, 91) if percent / 100 > options.prune_fraction]
     ladder = [dataclasses.replace(options, clip_std=width) for width in widths]
     ladder += [dataclasses.replace(ladder[-1], prune_fraction=fraction) for fraction in fractions]
@@ -2836,11 +2905,15 @@ class Progress:
         if not state:
             self.pieces = 0
             return []
-        if scorer.runtime.is_main:
-            scorer.sampled.copy_(state["sampled"])
-        if trainer is not None:
-            trainer.load_state(state)
-        return [[state["logp"].numpy(), state["entropy"].numpy()]]
+        try:
+            if scorer.runtime.is_main:
+                scorer.sampled.copy_(state["sampled"])
+            if trainer is not None:
+                trainer.load_state(state)
+            return [[state["logp"].numpy(), state["entropy"].numpy()]]
+        except (*MALFORMED, RuntimeError) as error:
+            name = "OUT_DIR/checkpoints/evaluation.safetensors"
+            raise CheckpointError(f"unexpected content of {name} ({error}): remove it") from error
 
     def advance(
         self, scores: list[list[np.ndarray]], scorer: WindowScorer, trainer: TestTimeTrainer | None = None
@@ -3623,11 +3696,11 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
     config, runtime, log = trainer.config, trainer.runtime, trainer.log
     path, record = config.artifact_path, checkpoints.folder / "artifact.txt"
     weights = [value.cpu().numpy() for value in trainer.model.state_dict().values()]
-    source, written = digest_of(*weights, config.portable().to_json(), *code_paths()), ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        written = record.read_text(encoding="utf-8")
+    source = digest_of(*weights, config.portable().to_json(), *code_paths())
     checkpoints.finish()
-    reused = bool(runtime.from_main(path.is_file() and written == f"{source} {digest_of(path)}")[0])
+    known = record.read_bytes() if record.is_file() else b""
+    own = path.is_file() and known == f"{source} {digest_of(path)}".encode()  # of the run that goes on here
+    reused = bool(runtime.from_main(own)[0])
     hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
     if runtime.is_main:
         began = time.perf_counter()

@@ -39,7 +39,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("import_time", 60, ("--pairs", "5")),
         Job("swarm_overhead", 10),
         Job("forward_backward", 200),
-        Job("train_step", 75),
+        Job("train_step", 120),
         Job("evaluation", 30),
         Job("ttt", 30),
         Job("counts", 15),

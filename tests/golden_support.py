@@ -66,18 +66,20 @@ def make_config(*layers: dict[str, Any]) -> train_gpt.Config:
     return train_gpt.Config(**values).validate()
 
 
-def golden_config(**overrides: Any) -> train_gpt.Config:
-    """The configuration behind `model_1081`, from its own record."""
-    recorded = golden_json("model_1081")["config"]
+def golden_config(source: str = "model_1081", **overrides: Any) -> train_gpt.Config:
+    """The configuration behind `model_1081` or `model_700`, from its own record."""
+    recorded = golden_json(source)["config"]
     fields = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "bigram_vocab_size",
               "bigram_dim", "xsa_last_n", "rope_dims", "rope_base", "ln_scale", "ve_dim")  # fmt: skip
     values = {name: recorded[name] for name in fields}
-    rest = dict(mtp_num_heads=2, leaky_slope=0.75, smear_bos_mask=False, device="cpu")
+    own = {"model_1081": dict(mtp_num_heads=2, leaky_slope=0.75), "model_700": dict(leaky_slope=0.5)}
+    rest = dict(smear_bos_mask=False, device="cpu") | own[source]
     return make_config(values, dict(ve_layers=tuple(recorded["ve_layers"])), rest, overrides)
 
 
-def golden_state() -> dict[str, Tensor]:
-    record = golden_json("model_1081")
+def golden_state(source: str = "model_1081") -> dict[str, Tensor]:
+    """The reference weights, under the names that the submission gave them."""
+    record = golden_json(source)
     return {
         name: golden_parameter(name, tuple(record["state_dict"][name]), row["center"], row["amp"])
         for name, row in record["params"].items()
@@ -114,6 +116,9 @@ def tiny_recipe(name: str) -> train_gpt.Config:
         ve_layers=(2, 3)[: len(full.ve_layers)],
         xsa_last_n=min(full.xsa_last_n, SMALL["num_layers"]),
         rope_dims=min(full.rope_dims, 4),
+        rope_train_len=min(full.rope_train_len, SMALL["rope_train_len"]),
+        ttt_freeze_blocks=min(full.ttt_freeze_blocks, SMALL["num_layers"] - 2),
+        train_reserve_seconds=0.0,
     )
     return make_config(values, SMALL, parts)
 

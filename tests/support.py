@@ -191,3 +191,24 @@ def assert_refused(
     assert "Traceback" not in stderr
     for word in words:
         assert word in stderr
+
+
+def artifact_parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and stored tensors of an artifact, as they are, for a test to change."""
+    import safetensors.torch
+
+    import train_gpt
+
+    payload = train_gpt.decompress(content[: -len(train_gpt.seal(b""))])
+    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+    return json.loads(header["__metadata__"]["train_gpt"]), safetensors.torch.load(payload)
+
+
+def artifact_of(metadata: Any, tensors: dict[str, Any]) -> bytes:
+    """A sound frame and checksum around these."""
+    import safetensors.torch
+
+    import train_gpt
+
+    payload = safetensors.torch.save(tensors, {"train_gpt": json.dumps(metadata)})
+    return train_gpt.seal(train_gpt.compress(payload, "zstd"))

@@ -709,7 +709,7 @@ def test_fitting_packs_seldom_and_stays_within_three_rungs_of_the_finest_that_fi
         packs.append(1)
         return bytes(int(1.01 * train_gpt.entropy_bound(tensors)) + 700)
 
-    for limit in (11_000, 9000, 7000, 6000):
+    for limit in (10_000, 9000, 7000, 6000):
         packs.clear()
         options, tensors, packed = train_gpt.fit_artifact(make, pack, train_gpt.QuantizeOptions(), limit)
         assert len(packs) <= 3

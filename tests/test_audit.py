@@ -389,11 +389,11 @@ def test_training_that_opens_validation_shards(rehearsal: audit.Rehearsal, monke
 def test_training_on_validation_tokens_in_memory(rehearsal: audit.Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
     original = train_gpt.Trainer.train
 
-    def train(self: train_gpt.Trainer) -> None:
-        tokens = self.validation.tokens
-        self.loader.stream.shards = [tokens]
-        self.loader.stream.ends = np.array([len(tokens)])
-        original(self)
+    def train(self: train_gpt.Trainer, *arguments: Any) -> None:
+        tokens, stream = self.validation.tokens, self.loader.stream
+        stream.shards, stream.ends = [tokens], np.array([len(tokens)])
+        monkeypatch.setattr(stream, "_piece", lambda _, offset, count: tokens[offset : offset + count])
+        original(self, *arguments)
 
     monkeypatch.setattr(train_gpt.Trainer, "train", train)
     assert violated_by_training(rehearsal) == {"bytes"}

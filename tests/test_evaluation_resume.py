@@ -109,7 +109,7 @@ def test_progress_of_another_evaluation_is_not_used(tiny_run, tiny_data, run_mai
     if change == "artifact":
         model, _, metadata = train_gpt.load_artifact(artifact)
         with torch.no_grad():
-            model.smear.gate += 1
+            model.smear.gate.add_(1)
         train_gpt.save_artifact(model, metadata["tokenizer"], artifact)
     elif change == "torn":
         progress.write_bytes(progress.read_bytes()[:-1])
@@ -199,3 +199,17 @@ def test_polyak_averaged_weights_are_taken_back_after_an_error():
     with pytest.raises(Interruption):
         averaged.gen.throw(Interruption())  # pyright: ignore[reportAttributeAccessIssue]
     assert all(torch.equal(*pair) for pair in zip(before, trainer.trained))
+
+
+def test_odd_progress_with_a_sound_checksum_is_refused(tiny_run, tiny_data, run_main, tmp_path, monkeypatch):
+    environ = tiny_environ(tiny_data, tmp_path, **STAGES, ARTIFACT=tiny_run.artifact)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 25, "signal")
+        assert run_main(environ).returncode == 143
+    path = tmp_path / "checkpoints" / "evaluation.safetensors"
+    tensors, meta = train_gpt.unpack_state(path.read_bytes(), path)
+    for name in ("logp", "sampled", "trained/0"):
+        path.write_bytes(train_gpt.pack_state({key: value for key, value in tensors.items() if key != name}, meta))
+        outcome = run_main(environ)
+        assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
+        assert "evaluation.safetensors" in outcome.stderr

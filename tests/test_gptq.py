@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -288,21 +287,23 @@ def test_calibration_does_not_touch_the_model():
 
 
 def test_calibration_ends_with_the_cap(monkeypatch):
-    """A forward pass of 0.05 s, 0.3 s left: some batches, none that would end later; and none when none is left."""
+    """Batches of 1/16 s and a quarter of a second left: four, none that would end later; none when none is left."""
     trainer = trained(max_wallclock_seconds=60.0, train_reserve_seconds=1.0, calibration_tokens=10**9)
     forward = trainer.model.forward_hidden
 
     def slow(ids: Tensor, **options: Any) -> Any:
-        time.sleep(0.05)
+        trainer.clock.total_s += 0.0625
         return forward(ids, **options)
 
     monkeypatch.setattr(trainer.model, "forward_hidden", slow)
-    trainer.step, trainer.clock.total_s = 1000, 59.7
+    monkeypatch.setattr(trainer.clock, "_now", lambda: trainer.clock.total_s)
+    trainer.step, trainer.clock.total_s = 1000, 59.75
     hessians = train_gpt.calibrate(trainer)
     row = trainer.log[-1]  # pyright: ignore[reportIndexIssue]
     assert set(hessians) == set(BANK_NAMES)
-    assert 48 <= row["tokens"] <= 6 * 48
-    assert 59.7 < row["train_and_calibration_s"] <= row["budget_s"] + 0.05  # factors of four small banks come on top
+    assert row["tokens"] == 4 * 48
+    assert row["time_s"] == 0.25
+    assert row["train_and_calibration_s"] == row["budget_s"] == 60
     trainer.clock.total_s = 60.0
     assert train_gpt.calibrate(trainer) == {}
     assert trainer.log[-1]["tokens"] == 0  # pyright: ignore[reportIndexIssue]

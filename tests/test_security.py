@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import zstandard
-from support import REPO, Run, tiny_environ
+from support import REPO, Run, artifact_of, artifact_parts, tiny_environ
 
 import train_gpt
 
@@ -63,23 +62,13 @@ def tree(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
 
-def repacked(content: bytes, config: dict[str, Any]) -> bytes:
-    """The artifact with other entries in its stored config."""
-    import safetensors.torch
-
-    payload = zstandard.ZstdDecompressor().decompress(content)
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    metadata = json.loads(header["__metadata__"]["train_gpt"])
-    metadata["config"] = json.dumps(json.loads(metadata["config"]) | config)
-    tensors = safetensors.torch.load(payload)
-    return zstandard.compress(safetensors.torch.save(tensors, {"train_gpt": json.dumps(metadata)}))
-
-
 def test_names_inside_an_artifact_lead_nowhere(tiny_run: Run, tiny_data, run_main, tmp_path):
     escape = tmp_path / "escape"
     config = dict.fromkeys(("out_dir", "artifact", "data_path", "tokenizer_path", "kg_path", "resume"), str(escape))
     path = tmp_path / "model.ptz"
-    path.write_bytes(repacked(tiny_run.artifact.read_bytes(), config | {"run_id": "../../escape"}))
+    metadata, tensors = artifact_parts(tiny_run.artifact.read_bytes())
+    stored = json.loads(metadata["config"]) | config | {"run_id": "../../escape"}
+    path.write_bytes(artifact_of(metadata | {"config": json.dumps(stored)}, tensors))
     environ = tiny_environ(
         tiny_data, tmp_path / "deep" / "out", EVAL_ONLY=1, ARTIFACT=path, CHECKPOINT_SECONDS=1e-9, TTT_ENABLED=0
     )

@@ -111,7 +111,7 @@ def known() -> set[str]:
 
 
 def test_commands_are_found_however_they_are_written():
-    text = "text\n\n    $ make a  # why\n    # comment\n\n```bash\nX=1 python b.py \\\n  --c\n```\n`make d=1` and `make`\n"
+    text = "t\n\n    $ make a  # why\n    # comment\n\n```bash\nX=1 python b.py \\\n  --c\n```\n`make d=1`, `make`\n"
     assert commands(text) == ["make a", "X=1 python b.py --c", "make d=1"]
     assert not known() & set(commands(text)), "a command in no table would pass"
 

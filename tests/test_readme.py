@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from unittest import mock
 
 import prepare
 import pytest
-from support import REPO, make_documents, tiny_environ
+from support import REPO, tiny_environ
 
 import train_gpt
 from tools import report
@@ -37,7 +38,6 @@ RUN_BY_TEST = {
     "EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py": (
         "test_import.py::test_packages_of_other_settings_are_not_needed"
     ),
-    "python tools/audit.py --artifact final_model.int6.ptz": "AUDIT_ARTIFACT",
     "python tools/audit.py --quick": "test_audit.py::test_valid_code_passes_every_check",
     "python tools/build_kg.py graph --edges wordnet_edges.tsv.zst --text english_train.jsonl.zst "
     "--out data/kg_words.tsv": "test_kg.py::test_graph_step_from_files_is_deterministic_and_independent_of_processes",
@@ -48,6 +48,7 @@ RUN_BY_TEST = {
 # 4. Not run here: why. Their scripts, options, settings and targets are checked like those of all others.
 NOT_RUN = {
     "make demo": "minutes",
+    "python tools/audit.py --artifact final_model.int6.ptz": "a minute; tests/test_audit.py runs its checks one by one",
     'make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"': "network and minutes",
     "pip install -r requirements.txt": "network",
     "python data/fetch_fineweb.py": "network; tests/test_fetch_fineweb.py runs it against a folder",
@@ -63,7 +64,9 @@ ELSEWHERE = {
 MADE = re.compile(r"(runs|data/mine)/|logs/<")
 
 COMMAND = re.compile(r"(?:[A-Z][A-Z0-9_]*=\S* )*(?:make|pip|pytest|python3?|torchrun)(?: |$)")
-FILE = re.compile(r"(?<![\w/.*-])[\w<>.-]*(?:/[\w<>.-]+)*(?:/|\.(?:py|md|txt|json|jsonl|tsv|toml|zst|png|ptz|model))(?=$|\s)")
+FILE = re.compile(
+    r"(?<![\w/.*-])[\w<>.-]*(?:/[\w<>.-]+)*(?:/|\.(?:py|md|txt|json|jsonl|tsv|toml|zst|png|ptz|model))(?=$|\s)"
+)
 
 
 def code_blocks(text: str) -> Iterator[str]:
@@ -108,8 +111,9 @@ def known() -> set[str]:
 
 
 def test_commands_are_found_however_they_are_written():
-    text = "text\n\n    $ make a  # why\n    # comment\n\n```bash\nX=1 python b.py \\\n  --c\n```\n`make d=1` and `make`\n"
+    text = "t\n\n    $ make a  # why\n    # comment\n\n```bash\nX=1 python b.py \\\n  --c\n```\n`make d=1`, `make`\n"
     assert commands(text) == ["make a", "X=1 python b.py --c", "make d=1"]
+    assert not known() & set(commands(text)), "a command in no table would pass"
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(commands(README)))
@@ -133,7 +137,8 @@ def test_scripts_options_settings_and_targets_of_a_command_exist(command):
     for script in scripts:
         source = (REPO / script).read_text(encoding="utf-8")
         for option in words[words.index(script) :]:
-            assert not option.startswith("--") or f'"{option.partition("=")[0]}"' in source, f"{script} has no {option}"
+            name = option.partition("=")[0]
+            assert not name.startswith("--") or f'"{name}"' in source, f"{script} has no {name}"
     if "train_gpt.py" in scripts:
         assert train_gpt.Config.from_env(settings)
 
@@ -154,9 +159,12 @@ def own_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The three commands for one's own text, run as README has them from a folder with texts; (console, log file)."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "texts").mkdir()
-    for seed in range(40):
-        text = "\n\n".join(make_documents(seed, 40))
-        (folder / "texts" / f"{seed}.txt").write_text(text, encoding="utf-8")
+    table = (REPO / "data" / "kg_words.tsv").read_text(encoding="utf-8").splitlines()
+    vocabulary = [line.split("\t")[0] for line in table if not line.startswith("#")]
+    source = random.Random(1)
+    for number in range(200):
+        text = " ".join(source.choices(vocabulary, k=100))
+        (folder / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
     words = [shlex.split(command) for command in RUN_HERE]
     small = tiny_environ(folder, folder, RECIPE=None, KG_ENABLED=1, SWARM_EVERY=5, VAL_LOSS_EVERY=10, VOCAB_SIZE=1024)
     small |= dict(word.split("=", 1) for word in words[2] if "=" in word)

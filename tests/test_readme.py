@@ -188,7 +188,7 @@ def test_own_text_is_trained_on_and_scored(own_text_run):
 
 def log_patterns() -> list[str]:
     """The lines of README's log table: `…` stands for anything, N and M for numbers, [x] for with and without x."""
-    cells = [row["line"] for row in table_after(README, "How to read the log")]
+    cells = [row["line"] for row in table_after(README, "## How to read the log")]
     lines = [line for cell in cells for line in inline_code(cell)]
     return [form for line in lines for form in {re.sub(r"\[.*?\]", "", line), re.sub(r"[\[\]]", "", line)}]
 

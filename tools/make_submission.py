@@ -1,0 +1,237 @@
+"""Write submission.json from the logs of several seeds, or say why these logs are no submission.
+
+    python tools/make_submission.py logs/a.jsonl logs/b.jsonl logs/c.jsonl --name "Swarm" --blurb "…" --github-id me
+
+Every figure is read from the logs; author and GitHub id come from the options or from `git config user.name` and
+`git config github.user`. Refused are: fewer than three seeds or partial validation (unless --non-record), settings that
+differ between seeds, a seed given twice, a score that is no code length, more than 16,000,000 bytes, more than 600 s of
+training or of evaluation, and a log that is missing, damaged or not finished. Exit code 0, or 2 with one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+SIZE_LIMIT_BYTES = 16_000_000
+BUDGET_S = 600.0
+RECORD_SEEDS = 3
+THRESHOLD_NATS = 0.005  # by which a record has to beat the one before
+OF_THE_SEED = ("seed", "run_id", "out_dir", "resume")  # settings that may differ between the runs of a submission
+
+
+class SubmissionError(Exception):
+    """Logs that make no submission; the text names the file, the figure and what was expected."""
+
+
+@dataclass
+class SeedRun:
+    """What one run's JSONL log says."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> SeedRun:
+        """Raises SubmissionError for a log that is missing, damaged or of a run that did not end."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+            raise SubmissionError(f"cannot read the log {path}: {reason}") from error
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SubmissionError(f"{path}:{number} is no JSON; take the log as the run wrote it") from error
+            if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+                raise SubmissionError(f"{path}:{number} is no row of a run's log")
+            rows.append(row)
+        run = cls(path, rows)
+        if not rows or rows[-1]["event"] != "final_int8_zlib_roundtrip_exact":
+            raise SubmissionError(f"{path} does not end in final_int8_zlib_roundtrip_exact: the run did not finish")
+        return run
+
+    def last(self, pattern: str, *names: str) -> list[Any]:
+        """Fields of the last row that has them and whose event matches. Raises SubmissionError without one."""
+        for row in reversed(self.rows):
+            if re.fullmatch(pattern, row["event"]) and set(names) <= set(row):
+                return [row[name] for name in names]
+        raise SubmissionError(f"{self.path} has no row {pattern!r} with {', '.join(names)}")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        row = next((row for row in self.rows if row["event"] == "config"), None)
+        if row is None:
+            raise SubmissionError(f"{self.path} has no row 'config'")
+        return {name: value for name, value in row.items() if name != "event"}
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        row = next((row for row in self.rows if row["event"] == "environment"), None)
+        if row is None:
+            raise SubmissionError(f"{self.path} has no row 'environment' (versions and hardware)")
+        return {name: value for name, value in row.items() if name != "event"}
+
+    @property
+    def partial(self) -> bool:
+        return "partial" in str(self.rows[-1].get("note", ""))
+
+    def figures(self) -> dict[str, Any]:
+        """This seed's entry in submission.json."""
+        val_loss, val_bpb, valid = self.last("final_int8_zlib_roundtrip_exact", "val_loss", "val_bpb", "valid")
+        train_ms, step_avg_ms = self.last(r"step:\d+/\d+", "train_time_ms", "step_avg_ms")
+        steps = max(int(row["event"][5:].split("/")[0]) for row in self.rows if row["event"].startswith("step:"))
+        train_s = train_ms / 1000
+        if any(row["event"] == "calibration" for row in self.rows):
+            (train_s,) = self.last("calibration", "train_and_calibration_s")
+        (artifact_bytes,), (bytes_total,) = self.last("artifact_bytes", "bytes"), self.last("total_bytes", "bytes")
+        (eval_s,) = self.last("evaluation", "total_s")
+        return dict(
+            val_loss=val_loss, val_bpb=val_bpb, steps=steps, step_avg_ms=step_avg_ms, train_time_s=train_s,
+            eval_time_s=eval_s, artifact_bytes=artifact_bytes, bytes_total=bytes_total, valid=valid,
+        )  # fmt: skip
+
+
+def check_run(run: SeedRun, figures: dict[str, Any], record: bool) -> None:
+    """Raise SubmissionError for a run that breaks a rule of the contest."""
+    if figures["valid"] is not True:
+        raise SubmissionError(f"{run.path}: valid:{figures['valid']}, the probabilities do not sum to 1")
+    if figures["bytes_total"] > SIZE_LIMIT_BYTES:
+        raise SubmissionError(f"{run.path}: {figures['bytes_total']} bytes, at most {SIZE_LIMIT_BYTES} are allowed")
+    for name, what in (("train_time_s", "training"), ("eval_time_s", "evaluation")):
+        if figures[name] > BUDGET_S:
+            raise SubmissionError(f"{run.path}: {figures[name]:.1f} s of {what}, at most {BUDGET_S:.0f} are allowed")
+    if record and run.partial:
+        raise SubmissionError(f"{run.path} scores a part of the validation split (VAL_TOKENS); --non-record allows it")
+
+
+def check_together(runs: Sequence[SeedRun], record: bool) -> None:
+    """Raise SubmissionError for runs that are not repetitions of one another, or too few."""
+    if record and len(runs) < RECORD_SEEDS:
+        raise SubmissionError(f"{len(runs)} seeds given, {RECORD_SEEDS} needed; --non-record allows fewer")
+    seeds = [run.config.get("seed") for run in runs]
+    for run, seed in zip(runs, seeds):
+        if seeds.count(seed) > 1:
+            raise SubmissionError(f"{run.path}: seed {seed} is given more than once")
+    first = runs[0].config
+    for run in runs[1:]:
+        names = sorted(set(first) | set(run.config))
+        odd = [n for n in names if n not in OF_THE_SEED and first.get(n) != run.config.get(n)]
+        if odd:
+            name = odd[0]
+            raise SubmissionError(
+                f"{run.path}: {name.upper()}={run.config.get(name)!r}, but {runs[0].path} has {first.get(name)!r}"
+            )
+        if run.partial != runs[0].partial:
+            raise SubmissionError(f"{run.path} and {runs[0].path} do not score the same part of the validation split")
+
+
+def from_git(setting: str, option: str, given: str | None) -> str:
+    """The option, else git's setting. Raises SubmissionError: neither is ever invented."""
+    if given:
+        return given
+    try:
+        done = subprocess.run(["git", "config", setting], capture_output=True, encoding="utf-8", check=False)
+        found = done.stdout.strip()
+    except OSError:
+        found = ""
+    if not found:
+        raise SubmissionError(f"no {option}, and `git config {setting}` has none; name it with {option}")
+    return found
+
+
+def baseline_losses(path: Path) -> list[float]:
+    """val_loss of every seed in another submission.json. Raises SubmissionError."""
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        return [float(seed["val_loss"]) for seed in other["seeds"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SubmissionError(f"{path} is no submission.json with a val_loss for each seed") from error
+
+
+def compare(losses: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """One-sided Welch test that the mean is more than THRESHOLD_NATS below the baseline's; losses in nats a token."""
+    if min(len(losses), len(baseline)) < 2:
+        raise SubmissionError("a comparison needs two seeds at least on both sides")
+    shifted = [loss - THRESHOLD_NATS for loss in baseline]
+    test = stats.ttest_ind(losses, shifted, equal_var=False, alternative="less")
+    return dict(
+        baseline_mean=statistics.fmean(baseline), gain_nats=statistics.fmean(baseline) - statistics.fmean(losses),
+        threshold_nats=THRESHOLD_NATS, welch_p=float(test.pvalue),
+    )  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    return dict(mean=statistics.fmean(values), std=statistics.stdev(values) if len(values) > 1 else None)
+
+
+def submission(args: argparse.Namespace) -> dict[str, Any]:
+    """The content of submission.json. Raises SubmissionError."""
+    runs = sorted((SeedRun.read(path) for path in args.logs), key=lambda run: run.config.get("seed", 0))
+    check_together(runs, record=not args.non_record)
+    seeds = {}
+    for run in runs:
+        seeds[str(run.config["seed"])] = figures = run.figures()
+        check_run(run, figures, record=not args.non_record)
+    environment = runs[0].environment
+    tracks = {row["event"].partition(":")[2] for run in runs for row in run.rows if row["event"].startswith("track:")}
+    result: dict[str, Any] = dict(
+        author=from_git("user.name", "--author", args.author),
+        github_id=from_git("github.user", "--github-id", args.github_id),
+        name=args.name, blurb=args.blurb, date=args.date, record=not args.non_record, partial=runs[0].partial,
+        track=args.track, scoring=" and ".join(sorted(tracks)), recipe=runs[0].config["recipe"],
+        hardware=f"{environment['world_size']} × {environment['hardware']}",
+        versions={name: environment[name] for name in ("python", "torch", "cuda")}, logs=[str(p) for p in args.logs],
+        val_loss=spread([seed["val_loss"] for seed in seeds.values()]),
+        val_bpb=spread([seed["val_bpb"] for seed in seeds.values()]),
+        bytes_total=max(seed["bytes_total"] for seed in seeds.values()), seeds=seeds,
+    )  # fmt: skip
+    baseline = args.baseline_nats or (baseline_losses(args.baseline) if args.baseline else None)
+    if baseline:
+        result["comparison"] = compare([seed["val_loss"] for seed in seeds.values()], baseline)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="logs/RUN_ID.jsonl of each seed")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--blurb", required=True, help="what it is, in a sentence or two")
+    parser.add_argument("--date", required=True, help="of the submission, YYYY-MM-DD")
+    parser.add_argument("--author")
+    parser.add_argument("--github-id")
+    parser.add_argument("--track", default="10min_16mb")
+    parser.add_argument("--non-record", action="store_true", help="allow few seeds and partial validation, and say so")
+    parser.add_argument("--baseline", type=Path, help="another submission.json to compare with")
+    parser.add_argument("--baseline-nats", type=float, nargs="+", help="or its val_loss of each seed")
+    parser.add_argument("--out", type=Path, default=Path("submission.json"))
+    args = parser.parse_args(argv)
+    try:
+        if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", args.date):
+            raise SubmissionError(f"--date {args.date!r} is no date like 2026-01-31")
+        text = json.dumps(submission(args), indent=2, ensure_ascii=False) + "\n"
+        args.out.write_text(text, encoding="utf-8")
+    except SubmissionError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"error: cannot write {args.out}: {error.strerror}\n")
+        return 2
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -238,7 +238,12 @@ class Config:
         if not isinstance(values, dict) or set(values) != set(known):
             odd = sorted(set(known).symmetric_difference(values)) if isinstance(values, dict) else values
             raise ConfigError(f"the stored config does not have this version's fields; they differ in {odd}")
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        kinds: dict[Any, Any] = {float: (int, float), tuple[int, ...]: tuple, bool | None: (bool, type(None))}
+        for name, kind in known.items():
+            boolean = kind in (bool, bool | None)
+            if not isinstance(values[name], kinds.get(kind, kind)) or isinstance(values[name], bool) > boolean:
+                raise ConfigError(f"the stored config has {name}={values[name]!r}, which is of another kind")
         return cls(**values).validate()
 
     def to_json(self) -> str:

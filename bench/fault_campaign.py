@@ -350,8 +350,11 @@ def damaged_case(source: random.Random, kind: str, bed: Bed, folder: Path) -> tu
         return bed.score_only | {"TOKENIZER_PATH": str(path), "OUT_DIR": str(folder / "out")}, "scored", False
     if kind == "artifacts":
         content, path = (bed.root / "short" / "final_model.int6.ptz").read_bytes(), folder / "model.ptz"
-        path.write_bytes(source.choice((damage_bytes, forged_artifact))(source, content))
-        return bed.score_only | {"ARTIFACT": str(path), "OUT_DIR": str(folder / "out")}, "scored", False
+        change = source.choice((damage_bytes, forged_artifact))
+        path.write_bytes(change(source, content))
+        # Sealed anew with a setting that a model can have, it is another artifact, which nothing can tell.
+        environ = bed.score_only | {"ARTIFACT": str(path), "OUT_DIR": str(folder / "out")}
+        return environ, "scored", change is forged_artifact
     shutil.copytree(bed.root / "short" / "checkpoints", folder / "out" / "checkpoints")
     paths = sorted((folder / "out" / "checkpoints").glob("*_step*"))
     change = source.choice((damage_bytes, forged_checkpoint))

@@ -600,14 +600,14 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def describe(self) -> str:
+    def describe(self) -> dict[str, Any]:
+        """Versions and hardware."""
         on_cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if on_cuda else cpu_name()
-        return (
-            f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-            f"world_size:{self.world_size} device:{self.device.type} hardware:{name} "
-            f"threads:{torch.get_num_threads()}"
-        )
+        return dict(
+            python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+            world_size=self.world_size, device=self.device.type, hardware=name, threads=torch.get_num_threads(),
+        )  # fmt: skip
 
     def peak_memory_line(self) -> str:
         if self.device.type == "cuda":
@@ -3703,7 +3703,7 @@ def run(config: Config, runtime: Runtime) -> Score:
     """The whole job: train (unless EVAL_ONLY), reload the artifact into a fresh model, score it."""
     log = RunLog(config, runtime)
     backend, attend = choose_attention(config.attention, runtime.device)
-    log.line(f"{runtime.describe()} attention:{backend}")
+    log.row("environment", **runtime.describe(), attention=backend)
     log.row("config", **dataclasses.asdict(config))
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -184,8 +183,7 @@ def conditions(bench: Bench) -> dict[str, Any]:
     found = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     settings = {name: value for name, value in vars(bench.args).items() if name not in ("out", "verbose")}
     return dict(
-        bench="quantization", device=bench.runtime.describe(), python=platform.python_version(),
-        torch=torch.__version__, cpu=train_gpt.cpu_name(), threads=torch.get_num_threads(),
+        bench="quantization", machine=bench.runtime.describe(),
         commit=found.stdout.strip() or "unknown", parameters=sum(p.numel() for p in bench.trunk.model.parameters()),
         branch_step=bench.branch_step, validation_targets=bench.validation.num_targets, settings=settings,
     )  # fmt: skip

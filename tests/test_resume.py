@@ -256,4 +256,4 @@ def test_a_log_goes_on_after_its_last_whole_line(copy, run_main):
     (logs / "run.jsonl").write_text('{"event": "first"}\n{"event": "sec')
     assert run_main(copy).returncode == 0
     assert [row["event"] for row in read_events(logs / "run.jsonl")][:2] != ["first", "second"]
-    assert (logs / "run.txt").read_text(encoding="utf-8").startswith("first line\npython:")
+    assert (logs / "run.txt").read_text(encoding="utf-8").startswith("first line\nenvironment python:")

@@ -334,13 +334,13 @@ def test_too_large_ends_the_run_before_scoring_unless_it_may_be_made_to_fit(
 ):
     """With another compressor than the default one, which the ledger names and the loader finds out by itself."""
     monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", train_gpt.code_bytes() + tiny_run.artifact.stat().st_size - 2000)
-    settings = dict(ITERATIONS=3, COMPRESSOR="brotli")
+    settings = dict(ITERATIONS=3, COMPRESSOR="brotli", FIT_BYTES=0)
     outcome = run_main(tiny_environ(tiny_data, tmp_path, **settings))
     assert outcome.returncode == 2
     assert "Serialized model int6+brotli" in outcome.stdout
     assert "final_int6" not in outcome.stdout
     assert re.fullmatch(r"error: the submission is \d+ bytes over \d+; set FIT_BYTES=1 .*\n", outcome.stderr)
-    outcome = run_main(tiny_environ(tiny_data, tmp_path, FIT_BYTES=1, **settings))
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, **(settings | dict(FIT_BYTES=1))))
     assert outcome.returncode == 0, outcome.stderr
     events = read_events(tmp_path / "logs" / "run.jsonl")
     total, fitted = next(row for row in events if "limit" in row and "bytes" in row), event(events, "packing")
@@ -363,7 +363,7 @@ def test_an_artifact_of_other_code_is_scored_with_a_note(run_main, tiny_run: Run
 NUMBER = r"\d+\.\d{4}"
 EXACT = r"\d+\.\d{8}"
 LINES = [
-    r"python:\d+\.\d+\.\S+ torch:\S+ cuda:\S+ world_size:1 device:cpu .* attention:sdpa",
+    r"environment python:\d+\.\d+\.\S+ torch:\S+ cuda:\S+ world_size:1 device:cpu .* attention:sdpa",
     r"config recipe:leaky seed:1337 .*matrix_lr:0\.027.*",
     r"validation targets:\d+ bytes:\d+",
     r"track:adaptive",

@@ -35,6 +35,12 @@ RUN_HERE = (PREPARE, BLOB, TRAIN)
 RUN_BY_CI = ("make test",)
 # 3. Run, with other paths, by another test: FILE::TEST.
 RUN_BY_TEST = {
+    "python tools/make_submission.py logs/a.jsonl logs/b.jsonl logs/c.jsonl --name NAME --blurb TEXT --date DATE": (
+        "test_make_submission.py::test_every_figure_comes_from_the_logs"
+    ),
+    "python tools/report.py --write": (
+        "test_bench.py::test_readme_shows_what_the_generator_makes_of_the_committed_results"
+    ),
     "EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py": (
         "test_import.py::test_packages_of_other_settings_are_not_needed"
     ),
@@ -47,6 +53,10 @@ RUN_BY_TEST = {
 }
 # 4. Not run here: why. Their scripts, options, settings and targets are checked like those of all others.
 NOT_RUN = {
+    "RESUME=auto torchrun --nproc_per_node=8 --max-restarts=2 train_gpt.py": "eight; tests/test_restarts.py has two",
+    "make audit-deps": "network",
+    "python bench/run_all.py --device cpu": "minutes; tests/test_bench.py runs its parts in a small form",
+    "python bench/gpu_check.py": "a GPU; tests/test_bench.py runs it on the CPU",
     "make demo": "minutes",
     "python tools/audit.py --artifact final_model.int6.ptz": "a minute; tests/test_audit.py runs its checks one by one",
     'make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"': "network and minutes",

@@ -1,6 +1,6 @@
 """Which negative slope of the squared leaky ReLU is best?
 
-    python bench/slope_sweep.py --data DIR --tokenizer FILE [--seeds 3] [--steps 250] [--plot FILE.png] [--write FILE.json]
+    python bench/slope_sweep.py --data DIR --tokenizer FILE [--seeds 3] [--steps 250] [--plot PNG] [--write JSON]
 
 The sweep behind pull request 977: slopes 0.3 to 0.9 (LEAKY_SLOPE; the activation is squared, 0 would be ReLU²), every
 slope with the same seeds, steps and batches. The figure is the bits per byte of the artifact, windows without overlap,

@@ -494,16 +494,22 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            device_id = self.device if backend == "nccl" else None
-            # torchrun may keep its store over a restart, with the addresses of processes that are gone.
-            store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.TIMEOUT))[0])
-            place: dict[str, Any] = dict(store=store, rank=self.rank, world_size=self.world_size)
-            dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
-            # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
-            self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+            try:
+                self._join()
+            except (RuntimeError, OSError) as error:  # another rank may have ended before this one was there
+                raise UserError(f"cannot join the other ranks: {error}") from error
         self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]
         return self
+
+    def _join(self) -> None:
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        device_id = self.device if backend == "nccl" else None
+        # torchrun may keep its store over a restart, with the addresses of processes that are gone.
+        store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.TIMEOUT))[0])
+        place: dict[str, Any] = dict(store=store, rank=self.rank, world_size=self.world_size)
+        dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
+        # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
+        self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         for number, handler in zip(self.SIGNALS, self.former_handlers):

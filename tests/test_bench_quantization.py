@@ -25,7 +25,8 @@ def test_every_choice_has_its_row(result):
     trained = [(False, 0.0), *((True, crown_q_lambda) for crown_q_lambda in lambdas)]
     assert ways == [(*way, 6, quantizer) for way in trained for quantizer in ("lite", "gptq")]
     assert len(lambdas) == 3
-    assert {"python", "torch", "cpu", "threads", "commit", "device", "seconds", "branch_step"} <= set(result)
+    assert {"machine", "commit", "seconds", "branch_step"} <= set(result)
+    assert {"python", "torch", "hardware", "threads"} <= set(result["machine"])
 
 
 def test_branches_share_their_beginning_and_differ_in_their_end(result):

@@ -71,7 +71,7 @@ ELSEWHERE = {
     "final_model.int6.ptz", "wordnet_edges.tsv.zst", "english_train.jsonl.zst", "fineweb_1024_bpe.model",
     "data/tokenizers/fineweb_1024_bpe.model", "texts/",
 }  # fmt: skip
-MADE = re.compile(r"(runs|data/mine)/|logs/<")
+MADE = re.compile(r"(runs|data/mine)/|logs/[<abc]")
 
 COMMAND = re.compile(r"(?:[A-Z][A-Z0-9_]*=\S* )*(?:make|pip|pytest|python3?|torchrun)(?: |$)")
 FILE = re.compile(

@@ -48,7 +48,7 @@ def lively_model(config: Config = CONFIG) -> GPT:
 def stream_of(tokens: np.ndarray, sizes: np.ndarray | None = None) -> Any:
     """A validation split of these tokens; every target stands for one byte unless sizes say otherwise."""
     sizes = np.ones(len(tokens) - 1, dtype=np.int16) if sizes is None else sizes
-    return SimpleNamespace(tokens=tokens.astype(np.uint16), bytes=sizes, num_targets=len(tokens) - 1)
+    return SimpleNamespace(tokens=tokens.astype(np.uint16), bytes=sizes, num_targets=len(tokens) - 1, partial=False)
 
 
 def random_tokens(count: int, seed: int = 0, vocab_size: int = CONFIG.vocab_size) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import random
 import re
@@ -262,3 +263,15 @@ def test_generated_recipe_table_reads_back_as_the_recipes():
 @pytest.mark.skipif("| recipe |" not in README, reason="README has no table of recipes")
 def test_recipe_table_is_what_the_code_sets():
     assert recipes_of(README) == train_gpt.RECIPES, "python tools/report.py --recipes prints the column"
+
+
+def test_the_table_of_faults_is_that_of_the_committed_campaign():
+    path = REPO / "bench" / "results" / "cpu-fault_campaign.json"
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    rows = table_after(README, "| fault |")
+    assert [row["fault"] for row in rows] == list(cases)
+    for row in rows:
+        counts = cases[row["fault"]]
+        assert {name: int(row[name]) for name in counts} == counts, row["fault"]
+        assert int(row["cases"]) == sum(counts.values())
+        assert counts["wrong"] == counts["hang"] == counts["traceback"] == 0

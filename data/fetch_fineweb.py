@@ -5,15 +5,18 @@
     python data/fetch_fineweb.py --source copy/of/hub   # from a folder laid out like the dataset repository
 
 Run it again after an interruption: whole files are kept, a file half done is continued. A file appears under
-its own name only after its size, header and token ids were checked.
+its own name only after its size, header and token ids were checked. Where the tokenizer is another than the one that
+kg_data.py is for, a knowledge-graph blob for it is put beside the shards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
 import shutil
+import subprocess
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -21,9 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from shards import ArgumentParser, DataError, read_header, read_tokens, run_command
 from tokenizer import Tokenizer
 from tqdm import tqdm
+
+import kg_data
 
 REPOSITORY = "willdepueoai/parameter-golf"
 DATASET = "fineweb10B_sp1024"
@@ -144,6 +150,7 @@ class Fetcher:
     source: Source
     fetched: int = 0
     kept: int = 0
+    tokenizer_path: Path | None = None  # where `fetch` has put the tokenizer
 
     def bring(
         self,
@@ -258,7 +265,7 @@ def fetch(
     published = read_published(source, dataset, data_path)
     num_train = choose_train_shards(train_shards, published)
     tokenizer_path = tokenizer_path or DATA_FOLDER / "tokenizers" / published.tokenizer.name
-    fetcher = Fetcher(source)
+    fetcher = Fetcher(source, tokenizer_path=tokenizer_path)
     fetcher.bring(published.tokenizer, tokenizer_path, Tokenizer.load)
     vocab_size = Tokenizer.load(tokenizer_path).vocab_size
 
@@ -276,6 +283,22 @@ def fetch(
     return fetcher
 
 
+def retarget_knowledge_graph(tokenizer_path: Path, blob_path: Path) -> str:
+    """Make a blob for a tokenizer that kg_data.py is not for; returns what to tell the user, "" where nothing is to do.
+
+    Tokens too few or too odd to make one of cost nobody the shards: then the message says how to do without.
+    """
+    with contextlib.suppress(ValueError):  # it was made for another tokenizer
+        kg_data.decode(Tokenizer.load(tokenizer_path).pieces)
+        return ""
+    command = [sys.executable, str(DATA_FOLDER.parent / "tools" / "build_kg.py"), "blob"]
+    command += ["--tokenizer", str(tokenizer_path), "--out", str(blob_path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        return f"no knowledge-graph blob for {tokenizer_path} ({done.stderr.strip()}); train with KG_ENABLED=0"
+    return f"kg_data.py is for another tokenizer; train with KG_PATH={blob_path}"
+
+
 def run(options: Namespace) -> None:
     """What the command line asks for. Raises as `fetch`."""
     source = open_source(options.source)
@@ -283,6 +306,10 @@ def run(options: Namespace) -> None:
     print(
         f"{source.name}: {options.dataset} is complete, {fetcher.fetched} files fetched, {fetcher.kept} kept"
     )
+    folder = options.data_path or DATA_FOLDER / "datasets" / options.dataset
+    assert fetcher.tokenizer_path is not None
+    if message := retarget_knowledge_graph(fetcher.tokenizer_path, folder / "kg_blob.txt"):
+        print(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,12 @@ import pytest
 import shards
 from shards import DataError
 from support import assert_refused
-from tokenizer import train_tokenizer
+from tokenizer import Tokenizer, train_tokenizer
+
+import kg_data
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import build_kg
 
 SCRIPT = Path(fetch_fineweb.__file__)
 DATASET = fetch_fineweb.DATASET
@@ -109,6 +114,30 @@ def test_everything_arrives_unchanged(place: Place, hub: Path, capsys: pytest.Ca
     assert fetch_fineweb.main(place.argv(hub)) == 0
     place.assert_complete(hub)
     assert f"{NUM_FILES} files fetched, 0 kept" in capsys.readouterr().out
+
+
+def test_another_tokenizer_gets_its_own_knowledge_graph_blob(
+    place: Place, hub: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few pieces to make one: said, and nothing else is lost. Enough: made. The right one already: silence."""
+    assert fetch_fineweb.main(place.argv(hub)) == 0
+    assert "KG_ENABLED=0" in capsys.readouterr().out
+    words = " ".join(word for word, _ in build_kg.read_words(build_kg.KG_WORDS)[:3000])
+    larger = train_tokenizer([words] * 3, 1024).model
+    (hub / "datasets/tokenizers/fineweb_1024_bpe.model").write_bytes(larger)
+    for path in (hub / SHARDS).iterdir():
+        path.touch()
+    place.tokenizer_path.unlink()
+    assert fetch_fineweb.main(place.argv(hub)) == 0
+    blob_path = place.data_path / "kg_blob.txt"
+    assert f"KG_PATH={blob_path}" in capsys.readouterr().out
+    blob = kg_data.read_blob(str(blob_path))
+    assert len(kg_data.decode(Tokenizer.load(place.tokenizer_path).pieces, blob)) == kg_data.COUNT
+    blob_path.unlink()
+    monkeypatch.setattr(kg_data.decode, "__defaults__", (blob,))
+    assert fetch_fineweb.main(place.argv(hub)) == 0
+    assert "KG_" not in capsys.readouterr().out
+    assert not blob_path.exists()
 
 
 def test_whole_files_are_not_fetched_again(place: Place, hub: Path) -> None:

@@ -38,7 +38,7 @@ test: lint
 
 # Looks up one pinned version first: an index that has no vulnerability records must not pass for a clean bill.
 audit-deps:
-	@if ! $(PYTHON) -c "import json, urllib.request as request; pin = [line.strip().split('==')[1] for line in \
+	@if ! $(PYTHON) -c "import json, urllib.request as request; pin = [line.split(';')[0].strip().split('==')[1] for line in \
 	  open('constraints.txt') if line.startswith('numpy==')][0]; json.load(request.urlopen(\
 	  f'https://pypi.org/pypi/numpy/{pin}/json', timeout=10))['vulnerabilities']" 2>/dev/null; then \
 	  echo "audit-deps: SKIPPED, https://pypi.org has no record of the pinned versions from here"; else \

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import train_gpt  # noqa: E402
+from bench import common  # noqa: E402
 
 SMALL: dict[str, Any] = dict(
     recipe="leaky", ve_dim=32, bigram_dim=64, warmup_steps=0, max_wallclock_seconds=0.0, muon_momentum=0.95,
@@ -179,12 +179,11 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
 
 def conditions(bench: Bench) -> dict[str, Any]:
     """What was measured, on what, at which commit."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     settings = {name: value for name, value in vars(bench.args).items() if name not in ("out", "verbose")}
+    settings |= {name: Path(settings[name]).name for name in ("data", "tokenizer")}  # not where they lie here
     return dict(
         bench="quantization", machine=bench.runtime.describe(),
-        commit=found.stdout.strip() or "unknown", parameters=sum(p.numel() for p in bench.trunk.model.parameters()),
+        commit=common.git_commit(), parameters=sum(p.numel() for p in bench.trunk.model.parameters()),
         branch_step=bench.branch_step, validation_targets=bench.validation.num_targets, settings=settings,
     )  # fmt: skip
 

@@ -2,16 +2,20 @@
 
     python bench/artifact.py [--layers 3 11]
 
-From weights to file as a run does it, quantization included, and back into a model on the CPU. Weights are drawn, so
-the bytes are no prediction of a trained model's. Fewer layers show the growth.
+From weights to file as a run does it, quantization included, and back into a model on the CPU; then GPTQ with the
+factors of drawn inputs, and the same where FIT_BYTES has to search. Weights are drawn, so the bytes are no prediction
+of a trained model's. Fewer layers show the growth.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import tempfile
 import time
+import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +27,45 @@ from bench import common
 from bench.train_step import QUICK
 
 
+def draw_moments(config: train_gpt.Config) -> dict[str, torch.Tensor]:
+    """Second moments of every bank's inputs, (matrices, in, in), that twice as many drawn inputs might have left."""
+    model, moments = train_gpt.GPT(config, initialize=False), {}
+    for bank in train_gpt.BANK_NAMES:
+        matrices, _, width = model.get_parameter(bank).shape
+        inputs = torch.randn(matrices, 2 * width, width) * torch.randn(matrices, 1, width).exp()
+        moments[bank] = inputs.mT @ inputs / (2 * width)
+    return moments
+
+
+def timed(name: str, action: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Wall and CPU seconds of one call, and what it returns."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    returned = action()
+    return {f"{name}_s": time.perf_counter() - wall, f"{name}_cpu_s": time.process_time() - cpu}, returned
+
+
 def measure(config: train_gpt.Config, layers: int, folder: Path) -> dict[str, Any]:
-    """Wall and CPU seconds of saving and of loading a model of so many layers."""
+    """Seconds of every way from a model of so many layers to its artifact, and of the way back."""
+    torch.manual_seed(config.seed)
     shape = dict(num_layers=layers, ve_layers=(layers - 1,), xsa_last_n=min(layers, config.xsa_last_n), mtp_num_heads=0)
-    model = train_gpt.GPT(dataclasses.replace(config, **shape))  # pyright: ignore[reportArgumentType]
+    config = dataclasses.replace(config, **shape)  # pyright: ignore[reportArgumentType]
+    model, path = train_gpt.GPT(config), folder / f"{layers}.ptz"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    path = folder / f"{layers}.ptz"
     row: dict[str, Any] = dict(layers=layers, parameters=sum(p.numel() for p in model.parameters()))
-    for name, action in (
-        ("save", lambda: train_gpt.save_artifact(model, "", path)), ("load", lambda: train_gpt.load_artifact(path)),
-    ):  # fmt: skip
-        wall, cpu = time.perf_counter(), time.process_time()
-        action()
-        row |= {f"{name}_s": time.perf_counter() - wall, f"{name}_cpu_s": time.process_time() - cpu}
-    return row | dict(bytes=path.stat().st_size)
+    save = functools.partial(train_gpt.save_artifact, model, "", path)
+    spent, row["bytes"] = timed("save", save)
+    row |= spent | timed("load", lambda: train_gpt.load_artifact(path))[0]
+    moments = draw_moments(config)
+    spent, factors = timed("factorize", lambda: {bank: train_gpt.factorize(m) for bank, m in moments.items()})
+    row |= spent | timed("gptq_save", lambda: save(factors))[0]
+    # A limit that the best rounding misses by 5 %, whatever the size, so that FIT_BYTES has to search.
+    limit = int(0.95 * path.stat().st_size) + train_gpt.code_bytes()
+    model.config = dataclasses.replace(config, fit_bytes=True)
+    with unittest.mock.patch.object(train_gpt, "SIZE_LIMIT_BYTES", limit):
+        spent, row["fit_bytes"] = timed("gptq_fit", lambda: save(factors))
+    return row | spent
 
 
 def main() -> None:
@@ -52,8 +79,11 @@ def main() -> None:
     last = rows[-1]
     what = f"artifact of {last['parameters'] / 1e6:.1f}M drawn weights"
     limits = (None, None) if args.quick else (60, 3)
+    gptq_s = last["factorize_s"] + last["gptq_save_s"]
     headlines = [
         common.Headline(f"{what}: quantizing and packing", last["save_s"], "s", limits[0], at_least=False),
+        common.Headline(f"{what}: factors, GPTQ and packing", gptq_s, "s", limits[0], at_least=False),
+        common.Headline(f"{what}: GPTQ with a search for 5 % fewer bytes", last["gptq_fit_s"], "s"),
         common.Headline(f"{what}: unpacking", last["load_s"], "s", limits[1], at_least=False),
     ]
     common.report("artifact", headlines, runtime.device, args.threads, sizes=rows)

@@ -47,7 +47,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("startup", 25),
         Job("data_preparation", 25),
         Job("muon", 25),
-        Job("artifact", 80),
+        Job("artifact", 160),
         Job("checkpoint", 30),
         Job("build_kg", 60),
     ),
@@ -57,7 +57,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("evaluation", 90),
         Job("ttt", 60),
         Job("startup", 30),
-        Job("artifact", 60),
+        Job("artifact", 100),
         Job("checkpoint", 30),
     ),
 }

@@ -257,3 +257,20 @@ def test_a_log_goes_on_after_its_last_whole_line(copy, run_main):
     assert run_main(copy).returncode == 0
     assert [row["event"] for row in read_events(logs / "run.jsonl")][:2] != ["first", "second"]
     assert (logs / "run.txt").read_text(encoding="utf-8").startswith("first line\nenvironment python:")
+
+
+def test_calibration_after_a_restart_sees_the_same_tokens(tiny_data, run_main, tmp_path):
+    """GPTQ rounds by Hessians of the tokens after the last step, so a run that goes on must read on from there."""
+    environ = tiny_environ(
+        tiny_data, tmp_path, **RESUMABLE, ITERATIONS=6, QUANTIZER="gptq", CALIBRATION_TOKENS=600, TTT_ENABLED=0,
+        MIXER="none",
+    )  # fmt: skip
+    assert run_main(environ).returncode == 0
+    artifact = tmp_path / "final_model.int6.ptz"
+    first = artifact.read_bytes()
+    artifact.unlink()
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "quantizer:gptq" in outcome.stdout
+    assert "train_loss" not in outcome.stdout.partition("resumed step:6 ")[2]
+    assert artifact.read_bytes() == first

@@ -1,12 +1,12 @@
-"""What does quantization cost, and what do QAT, CROWN-Q and GPTQ give back?
+"""What does quantization cost, and what do QAT, CROWN-Q, soft rounding and GPTQ give back?
 
     python bench/quantization.py --data DIR --tokenizer FILE [--steps 600] [--out FILE.json] [--quick]
 
 DIR holds shards made by data/prepare.py. One small model is trained up to the step where QAT would begin. From that
 point the last steps are run again for every choice of QAT, bits and CROWN-Q, each time from the same weights, moments
-and data, and every outcome is exported by `lite` and by `gptq` through the real artifact. The tax is the bits per byte
-of the artifact minus those of the averaged weights that it was made from, windows without overlap; beside it stands
-how far the predictions moved. A table for people, one JSON line last.
+and data; QAT also with soft rounding, which exists here alone. Every outcome is exported by `lite` and by `gptq` through
+the real artifact. The tax is the bits per byte of the artifact minus those of the averaged weights that it was made
+from, windows without overlap; beside it stands how far the predictions moved. A table for people, one JSON line last.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import tempfile
 import time
 import types
+import unittest.mock
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +67,32 @@ def quiet_log(verbose: bool) -> Any:
             sys.stderr.write(f"{event} {fields}\n")
 
     return types.SimpleNamespace(row=row, line=lambda text: None, progress=lambda done, total, text: None)  # noqa: ARG005
+
+
+def soft_round(x: torch.Tensor, sharpness: float) -> torch.Tensor:
+    """A rounding with a gradient (arXiv 2006.09952): nearly the identity at a sharpness of 1, nearly `round` at 16."""
+    rest = x - x.floor() - 0.5
+    return x.floor() + 0.5 + 0.5 * torch.tanh(sharpness * rest) / math.tanh(sharpness / 2)
+
+
+class SoftRounding:
+    """Takes the place of `fake_quantize`: the same grid and scales, soft levels, and no straight-through gradient."""
+
+    def __init__(self) -> None:
+        self.sharpness = 1.0
+
+    def __call__(self, weight: torch.Tensor, bits: int, clip_std: float = 0.0) -> torch.Tensor:
+        grid = train_gpt.Grid(bits, clip_std)
+        scale = grid.scale(grid.clip(weight.detach())).float()
+        return soft_round(weight / scale, self.sharpness).clamp(-grid.qmax, grid.qmax) * scale
+
+
+class Way(NamedTuple):
+    """How the last steps are trained."""
+
+    qat: bool
+    crown_q_lambda: float = 0.0
+    soft_rounding: bool = False
 
 
 class Outcome(NamedTuple):
@@ -133,17 +161,27 @@ class Bench:
             total += (old.exp() * (old - new)).sum().item()
         return total / ids.numel()
 
-    def finish(self, qat: bool, crown_q_lambda: float, bits: int) -> Outcome:
+    def advance_softly(self, trainer: train_gpt.Trainer) -> None:
+        """The last steps, with the sharpness of the rounding growing from 1 to 16 in equal ratios."""
+        rounding, remaining = SoftRounding(), self.args.steps - trainer.step
+        with unittest.mock.patch.object(train_gpt, "fake_quantize", rounding):
+            for done in range(remaining):
+                rounding.sharpness = 16 ** (done / max(remaining - 1, 1))
+                trainer.one_step()
+
+    def finish(self, way: Way, bits: int) -> Outcome:
         """Train to the end in one way, average, calibrate."""
-        threshold = self.args.qat_threshold if qat else 0.0
-        trainer = self.branch(qat_bits=bits, late_qat_threshold=threshold, crown_q_lambda=crown_q_lambda)
+        threshold = self.args.qat_threshold if way.qat else 0.0
+        trainer = self.branch(qat_bits=bits, late_qat_threshold=threshold, crown_q_lambda=way.crown_q_lambda)
+        if way.soft_rounding:
+            self.advance_softly(trainer)
         self.advance(trainer, self.args.steps)
         trainer.average.apply()
         began = time.perf_counter()
         hessians = train_gpt.calibrate(trainer)
         seconds = time.perf_counter() - began
         trainer.loader.close()
-        fields = dict(qat=qat, crown_q_lambda=crown_q_lambda, before=self.bpb(trainer.model), calibration_s=seconds)
+        fields = way._asdict() | dict(before=self.bpb(trainer.model), calibration_s=seconds)
         return Outcome(trainer, hessians, fields)
 
     def export(self, outcome: Outcome, bits: int, quantizer: str) -> dict[str, Any]:
@@ -168,11 +206,12 @@ class Bench:
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     bits = bench.args.bits
-    ways: list[tuple[bool, float, list[int]]] = [(False, 0.0, bits)]
-    ways += [(True, crown_q_lambda, [b]) for crown_q_lambda, b in itertools.product(bench.args.crown_q, bits)]
+    with_qat = [*(Way(True, value) for value in bench.args.crown_q), Way(True, soft_rounding=True)]
+    ways: list[tuple[Way, list[int]]] = [(Way(False), bits)]
+    ways += [(way, [b]) for way, b in itertools.product(with_qat, bits)]
     rows = []
-    for qat, crown_q_lambda, exported in ways:
-        outcome = bench.finish(qat, crown_q_lambda, exported[0])
+    for way, exported in ways:
+        outcome = bench.finish(way, exported[0])
         rows += [bench.export(outcome, b, quantizer) for b, quantizer in itertools.product(exported, ("lite", "gptq"))]
     return rows
 
@@ -213,7 +252,7 @@ def main() -> None:
     rows = measure(bench)
     print("QAT   CROWN-Q bits by      before    after      tax  KL mnats      bytes      s")
     for row in rows:
-        qat = "on" if row["qat"] else "off"
+        qat = "soft" if row["soft_rounding"] else "on" if row["qat"] else "off"
         print(
             f"{qat:<4} {row['crown_q_lambda']:>8g} {row['bits']:>4} {row['quantizer']:<5} {row['before']:>8.4f} "
             f"{row['after']:>8.4f} {row['tax']:>+8.4f} "

@@ -5,7 +5,10 @@ import runpy
 import sys
 
 import pytest
+import torch
 from support import REPO
+
+import train_gpt
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +23,10 @@ def result(tiny_data, tmp_path_factory):
 
 
 def test_every_choice_has_its_row(result):
-    ways = [(row["qat"], row["crown_q_lambda"], row["bits"], row["quantizer"]) for row in result["rows"]]
+    names = ("qat", "crown_q_lambda", "soft_rounding", "bits", "quantizer")
+    ways = [tuple(row[name] for name in names) for row in result["rows"]]
     lambdas = result["settings"]["crown_q"]
-    trained = [(False, 0.0), *((True, crown_q_lambda) for crown_q_lambda in lambdas)]
+    trained = [(False, 0.0, False), *((True, crown_q_lambda, False) for crown_q_lambda in lambdas), (True, 0.0, True)]
     assert ways == [(*way, 6, quantizer) for way in trained for quantizer in ("lite", "gptq")]
     assert len(lambdas) == 3
     assert {"machine", "commit", "seconds", "branch_step"} <= set(result)
@@ -31,9 +35,10 @@ def test_every_choice_has_its_row(result):
 
 def test_branches_share_their_beginning_and_differ_in_their_end(result):
     """The penalty of the last choice is strong enough to be seen; the tax is the difference that it is said to be."""
-    before = {(row["qat"], row["crown_q_lambda"]): row["before"] for row in result["rows"]}
+    before = {(row["qat"], row["crown_q_lambda"], row["soft_rounding"]): row["before"] for row in result["rows"]}
     assert max(before.values()) - min(before.values()) < 0.1
-    assert before[False, 0.0] != before[True, 0.0] != before[True, 1e5]
+    assert len(set(before.values())) == len(before)
+    assert before[True, 0.0, False] == pytest.approx(before[True, 0.01, False], abs=1e-6)
     for row in result["rows"]:
         assert row["tax"] == row["after"] - row["before"]
         assert 0 != abs(row["tax"]) < 0.05
@@ -41,3 +46,19 @@ def test_branches_share_their_beginning_and_differ_in_their_end(result):
         assert 0 < row["divergence"] < 0.05
     for lite, gptq in zip(result["rows"][::2], result["rows"][1::2]):
         assert gptq["divergence"] < lite["divergence"]
+
+
+def test_soft_rounding_becomes_the_grid_of_the_artifact():
+    """Between the identity and rounding, with the gradient of what it computes; on a level it stays there."""
+    quantization = runpy.run_path(str(REPO / "bench" / "quantization.py"))
+    weight, grid = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), train_gpt.Grid(5)
+    hard, rounding = grid.round_trip(weight), quantization["SoftRounding"]()
+    errors = []
+    for rounding.sharpness in (1e-3, 1.0, 16.0, 1e4):
+        errors.append((rounding(weight, 5) - hard).abs().mean().item())
+        torch.testing.assert_close(rounding(hard, 5), hard)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] == pytest.approx((weight - hard).abs().mean().item(), rel=1e-3)
+    assert errors[-1] < 1e-3 * errors[0]
+    x = torch.linspace(-3.2, 3.3, 40, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: quantization["soft_round"](x, 3.0), x)

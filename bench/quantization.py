@@ -4,7 +4,7 @@
 
 DIR holds shards made by data/prepare.py. One small model is trained up to the step where QAT would begin. From that
 point the last steps are run again for every choice of QAT, bits and CROWN-Q, each time from the same weights, moments
-and data; QAT also with soft rounding, which exists here alone. Every outcome is exported by `lite` and by `gptq` through
+and data; QAT also with soft rounding, which exists here alone. Every outcome is exported by `lite` and by `gptq` into
 the real artifact. The tax is the bits per byte of the artifact minus those of the averaged weights that it was made
 from, windows without overlap; beside it stands how far the predictions moved. A table for people, one JSON line last.
 """
@@ -208,7 +208,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     bits = bench.args.bits
     with_qat = [*(Way(True, value) for value in bench.args.crown_q), Way(True, soft_rounding=True)]
     ways: list[tuple[Way, list[int]]] = [(Way(False), bits)]
-    ways += [(way, [b]) for way, b in itertools.product(with_qat, bits)]
+    ways += [(way, [b]) for way in with_qat for b in bits]
     rows = []
     for way, exported in ways:
         outcome = bench.finish(way, exported[0])

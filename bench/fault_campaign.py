@@ -4,10 +4,11 @@
     python bench/fault_campaign.py --quick    # the test suite's share of it
 
 Every case is a whole run of a tiny model in a process of its own, forked from one that has imported torch. A killed
-run is started again, and perhaps killed again, until it ends; its artifact and scores must then be those of a run that
-nobody disturbed. Damaged input must end in one error line with exit code 2, or make no difference, or be valid input of
-another run (a token that has become another token, say). A table for people, one JSON line last; exit code 1 when any
-case is wrong, hangs, or ends in a traceback.
+run is started again, and perhaps killed again, until it ends; it must go on from the newest whole checkpoint that the
+kill has left, and its artifact and scores must be those of a run that nobody disturbed. Damaged input must end in one
+error line with exit code 2, or make no difference, or be valid input of another run (a token that has become another
+token, say), whose score is then finite and has a mass of 1, or the label INVALID. A table for people, one JSON line
+last; exit code 1 when any case is wrong, hangs, or ends in a traceback.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import os
 import random
 import resource
@@ -27,7 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tools")]
@@ -48,6 +50,7 @@ from support import (  # noqa: E402
 
 import build_kg  # noqa: E402  # isort: skip
 import train_gpt  # noqa: E402
+from bench import common  # noqa: E402
 
 OUTCOMES = ("identical", "clear error", "valid input", "wrong", "hang", "traceback")
 HANG_S = 90.0
@@ -142,6 +145,15 @@ def fingerprint(out: Path, artifact: Path | None = None) -> tuple[Any, ...]:
     return artifact.read_bytes() if artifact.is_file() else None, losses, scores
 
 
+def sound(ended: Ended) -> bool:
+    """Whether a run ended in a score, and one that is valid or labelled."""
+    scores = ended.fingerprint[2]
+    loss, _ = scores.get("final_int8_zlib_roundtrip_exact", (math.nan, None))
+    masses = [mass for _, mass in scores.values() if mass is not None]
+    valid = all(abs(mass - 1) < train_gpt.MASS_TOLERANCE for mass in masses)
+    return 0 < loss < math.inf and (valid or "INVALID" in ended.stdout)
+
+
 def classify(ended: Ended, expected: tuple[Any, ...] | None, tolerant: bool) -> str:
     """`tolerant`: the damage may have made valid input of another run."""
     if ended.code is None:
@@ -152,51 +164,78 @@ def classify(ended: Ended, expected: tuple[Any, ...] | None, tolerant: bool) -> 
         return "clear error" if ended.clear_error else "wrong"
     if expected is not None and ended.fingerprint[2] == expected[2]:
         return "identical"
-    return "valid input" if tolerant else "wrong"
+    return "valid input" if tolerant and sound(ended) else "wrong"
 
 
 # ---- kills -------------------------------------------------------------------------------------------------------
 
 
+def newest_step(out: Path) -> int | None:
+    """The step of the newest whole checkpoint."""
+    for path in sorted((out / "checkpoints").glob("*_step*.safetensors"), reverse=True):
+        try:
+            return train_gpt.unpack_state(path.read_bytes(), path)[1]["step"]
+        except train_gpt.CheckpointError:
+            continue
+    return None
+
+
 def kill_one(
     source: random.Random, environ: dict[str, str], expected: tuple[Any, ...], whole_s: float
 ) -> tuple[str, str]:
-    """One to three kills at random moments, then a run to the end: its outcome, and what it said."""
-    for _ in range(source.choice((1, 1, 2, 3))):
+    """One to three kills of running processes at random moments, then a run to the end: its outcome, what it said."""
+    kills, out = source.choice((1, 1, 2, 3)), Path(environ["OUT_DIR"])
+    while kills:
         child = fork(environ)
-        if wait(child, source.uniform(0, 1.1 * whole_s)) is None:
+        if wait(child, source.uniform(0, whole_s)) is None:
             kill(child)
+            kills -= 1
+    step = newest_step(out)
     ended = run(environ)
     if ended.code == 0:
-        return "identical" if ended.fingerprint == expected else "wrong", ""
-    return classify(ended, None, tolerant=False), f"{environ['OUT_DIR']} {ended.code} {ended.stderr[-2000:]}"
+        lost = step is not None and f"resumed step:{step} " not in ended.stdout
+        same = ended.fingerprint == expected and not lost
+        return "identical" if same else "wrong", f"{out} {step} {ended.stdout[-500:]}"
+    return classify(ended, None, tolerant=False), f"{out} {ended.code} {ended.stderr[-2000:]}"
+
+
+def start_ranks(environ: dict[str, str], stdout: TextIO, stderr: TextIO) -> subprocess.Popen:
+    """A job of two ranks that may be restarted twice; returns when its training is about to begin."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
+    command += [f"--master_port={free_port()}", str(SCRIPT)]
+    process = subprocess.Popen(command, env=environ, stdout=stdout, stderr=stderr)
+    while process.poll() is None and not (Path(environ["OUT_DIR"]) / "logs").is_dir():
+        time.sleep(0.01)
+    return process
+
+
+def close_to(ours: dict[str, float], theirs: dict[str, float]) -> bool:
+    """Two ranks add up in another order than one."""
+    return ours.keys() == theirs.keys() and all(abs(value - theirs[name]) < 2e-3 for name, value in ours.items())
 
 
 def kill_rank(source: random.Random, environ: dict[str, str], expected: tuple[Any, ...], work_s: float) -> str:
     """A rank of two dies at a random moment under torchrun, which starts the job again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
-    command += [f"--master_port={free_port()}", str(SCRIPT)]
-    out = Path(environ["OUT_DIR"])
-    with open(f"{out}.stdout", "w+") as stdout, open(f"{out}.stderr", "w+") as stderr:
-        process = subprocess.Popen(command, env=environ, stdout=stdout, stderr=stderr)
-        while process.poll() is None and not (out / "logs").is_dir():
-            time.sleep(0.01)
-        time.sleep(source.uniform(0, work_s))
-        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-        pids = [int(pid) for pid in ranks.stdout.split()]
-        if pids:
-            os.kill(source.choice(pids), signal.SIGKILL)
-        try:
-            code: int | None = process.wait(HANG_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return "hang"
-    if code:
-        return "traceback"
+    out, pids = Path(environ["OUT_DIR"]), []
+    while not pids:  # a job that ended before its time gets another
+        shutil.rmtree(out, ignore_errors=True)
+        with open(f"{out}.stdout", "w") as stdout, open(f"{out}.stderr", "w") as stderr:
+            process = start_ranks(environ, stdout, stderr)
+            time.sleep(source.uniform(0, work_s))
+            ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+            pids = [int(pid) for pid in ranks.stdout.split()]
+            if pids:
+                os.kill(source.choice(pids), signal.SIGKILL)
+            try:
+                code = process.wait(HANG_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return "hang"
+        if code:
+            return "traceback"
     _, losses, scores = fingerprint(out)
-    same = losses.keys() == expected[1].keys() and scores.keys() == expected[2].keys()
-    same = same and all(abs(loss - expected[1][name]) < 2e-3 for name, loss in losses.items())
-    return "identical" if same else "wrong"
+    ours, theirs = ({name: loss for name, (loss, _) in each.items()} for each in (scores, expected[2]))
+    return "identical" if close_to(losses, expected[1]) and close_to(ours, theirs) else "wrong"
 
 
 # ---- damaged input -----------------------------------------------------------------------------------------------
@@ -388,12 +427,6 @@ def damage(seed: int, count: int, bed: Bed, report: Callable[[str, str, str], No
 # ---- report ------------------------------------------------------------------------------------------------------
 
 
-def commit() -> str:
-    command = ["git", "-C", str(REPO), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--kills", type=int, default=45, help="runs that are killed, some of them several times")
@@ -444,7 +477,7 @@ def main() -> int:
     print(json.dumps({
         "bench": "fault_campaign", "seed": args.seed, "seconds": round(time.perf_counter() - began, 1), "bad": bad,
         "cases": {kind: {name: row[name] for name in OUTCOMES} for kind, row in table.items()},
-        "numpy": np.__version__, "machine": machine, "commit": commit(),
+        "numpy": np.__version__, "machine": machine, "commit": common.git_commit(),
     }))  # fmt: skip
     return int(bad > 0)
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(REPO / "tools")]
 
+import build_kg  # noqa: E402
 from support import (  # noqa: E402
     TINY_VOCAB,
     VAL_TARGETS,
@@ -62,6 +63,18 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shard(folder / "tiny_val_000000.bin", val[:700])
     write_shard(folder / "tiny_val_000001.bin", val[700 : VAL_TARGETS + 1])
     return folder
+
+
+@pytest.fixture(scope="session")
+def blob(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A blob for the tiny tokenizer, whose importance grows with the id."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tiny_data / "tokenizer.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    path = tmp_path_factory.mktemp("kg") / "blob.txt"
+    path.write_text(build_kg.pack({i: i / len(pieces) for i in range(4, len(pieces))}, pieces))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import stat
 import subprocess
 import sys
 import tracemalloc
@@ -570,6 +571,26 @@ def test_a_full_disk_leaves_the_old_artifact_whole(model, good, tmp_path, monkey
     with pytest.raises(train_gpt.ArtifactError, match=r"model\.ptz: No space left on device"):
         train_gpt.save_artifact(model, "another digest", path)
     assert path.read_bytes() == good
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path, monkeypatch):
+    """Otherwise a machine that loses power could keep the name without the content, or lose a file that was there."""
+    events, fsync, replace = [], os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        what = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "content"
+        events.append((what, (tmp_path / "f").exists()))
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(("name", (tmp_path / "f").exists()))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    train_gpt.write_whole(tmp_path / "f", b"content")
+    assert events == [("content", False), ("name", False), ("folder", True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_an_impossible_folder_is_a_clear_error(model, tmp_path):

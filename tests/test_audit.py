@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import train_gpt
 
@@ -396,6 +397,18 @@ def test_training_on_validation_tokens_in_memory(rehearsal: audit.Rehearsal, mon
         original(self, *arguments)
 
     monkeypatch.setattr(train_gpt.Trainer, "train", train)
+    assert violated_by_training(rehearsal) == {"bytes"}
+
+
+def test_calibration_on_validation_tokens(rehearsal: audit.Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = train_gpt.calibrate
+
+    def calibrate(trainer: train_gpt.Trainer) -> train_gpt.Hessians:
+        ids = torch.from_numpy(trainer.validation.tokens[:480].astype(np.int64)).view(15, 32)
+        monkeypatch.setattr(trainer.loader, "batch", lambda step: [(ids, ids)])  # noqa: ARG005
+        return original(trainer)
+
+    monkeypatch.setattr(train_gpt, "calibrate", calibrate)
     assert violated_by_training(rehearsal) == {"bytes"}
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,10 @@ def test_slopes_are_compared_by_a_welch_test():
         assert p_values[name] == pytest.approx(expected, abs=1e-12), name
     assert small_runs.spread([1.5]) == {"mean": 1.5, "std": 0.0}
     assert set(slope_sweep.against_best(found, 1).values()) == {None}
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_name_their_commit_and_no_folder_of_that_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r'"(?:/|~|[A-Z]:)[^"]*/[^"]*"', text)
+    assert re.fullmatch(r"[0-9a-f]{7,}", json.loads(text)["commit"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import Run, event, read_events, tiny_environ
+from test_restarts import start
 
 import train_gpt
 from train_gpt import Progress, TestTimeTrainer, WindowScorer
@@ -122,6 +125,43 @@ def test_progress_of_another_evaluation_is_not_used(tiny_run, tiny_data, run_mai
     assert stages(plain).items() <= stages(environ).items()
 
 
+AT_25TH_PIECE = """
+train_gpt.PIECE_BATCHES = 2
+advance, pieces = train_gpt.Progress.advance, []
+def counted(progress, *arguments):
+    pieces.append(progress)
+    if (len(pieces), rank) == ({stop}, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    advance(progress, *arguments)
+train_gpt.Progress.advance = counted
+"""
+
+
+def test_evaluation_of_two_ranks_goes_on_with_two_and_begins_again_with_one(tiny_run, tiny_data, run_main, tmp_path):
+    """Pieces are cut by world size: those of two ranks are twice as large, 3 + 9 and 6 chunks of TTT."""
+    settings = STAGES | dict(ARTIFACT=tiny_run.artifact, CHECKPOINT_SECONDS=1e-9)
+    whole, cut, other = (tiny_environ(tiny_data, tmp_path / name, **settings) for name in ("whole", "cut", "other"))
+    assert run_main(whole).returncode == 0
+    process = start(cut, AT_25TH_PIECE.format(stop=15), tmp_path, nproc=2)
+    stdout, _ = process.communicate(timeout=90)
+    assert "stopped signal:SIGTERM stage:3 pieces:3 " in stdout
+    shutil.copytree(cut["OUT_DIR"], other["OUT_DIR"])
+
+    process = start(cut, AT_25TH_PIECE.format(stop=0), tmp_path, nproc=2)
+    stdout, stderr = process.communicate(timeout=90)
+    assert process.returncode == 0, stderr
+    assert "resumed_evaluation stages:2 pieces:3" in stdout
+    outcome = run_main(other)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "resumed_evaluation" not in outcome.stdout
+    assert stages(whole).items() <= stages(other).items()
+    ours, theirs = stages(cut), stages(whole)
+    assert ours.keys() == theirs.keys()
+    for name, (loss, mass) in ours.items():
+        assert loss == pytest.approx(theirs[name][0], abs=1e-5)
+        assert mass == pytest.approx(theirs[name][1], abs=1e-6)
+
+
 def test_time_before_a_restart_counts(tiny_run, tiny_data, run_main, tmp_path, monkeypatch):
     environ = tiny_environ(tiny_data, tmp_path, **STAGES, ARTIFACT=tiny_run.artifact)
     elapsed = Progress.elapsed_s
@@ -213,3 +253,29 @@ def test_odd_progress_with_a_sound_checksum_is_refused(tiny_run, tiny_data, run_
         outcome = run_main(environ)
         assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
         assert "evaluation.safetensors" in outcome.stderr
+
+
+# ---- what a mixture's probabilities add up to --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_one_wrong_prediction_makes_a_result_invalid(tiny_run, tiny_data, run_main, tmp_path, monkeypatch, wrong):
+    """The mean of all masses would hide it: one of eighty that is 0.4 % too large moves it by 0.005 %."""
+    log_mixed = train_gpt.log_mixed
+
+    def with_one_wrong(mixer: Any, scores: train_gpt.TokenScores, *arguments: Any) -> train_gpt.Score:
+        samples = train_gpt.sample_targets(len(scores.logp))
+        mix, chosen = mixer.mix, scores.entropy[samples[30]]
+        mixer.mix = lambda block: mix(block) + np.where(block.entropy == chosen, np.log1p(0.004 * wrong), 0)
+        return log_mixed(mixer, scores, *arguments)
+
+    monkeypatch.setattr(train_gpt, "log_mixed", with_one_wrong)
+    settings = dict(EVAL_ONLY=1, ARTIFACT=tiny_run.artifact, MIXER="backoff-published", TTT_ENABLED=0)
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, **settings))
+    assert outcome.returncode == 0, outcome.stderr
+    row = event(read_events(tmp_path / "logs" / "run.jsonl"), "final_mixed")
+    assert row["mass"] == pytest.approx(1, abs=1e-4)
+    assert row["valid"] is not wrong
+    last = outcome.stdout.splitlines()[-1]
+    assert f"valid:{not wrong}" in last
+    assert ("INVALID" in last) == wrong

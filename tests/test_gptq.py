@@ -217,11 +217,19 @@ class Rows(list[dict[str, Any]]):
         self.append({"event": event, **fields})
 
 
+class Untouchable:
+    """Stands for the validation split: whoever looks at it fails."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"training has asked for the validation split's {name}")
+
+
 def trained(steps: int = 3, **changes: Any) -> train_gpt.Trainer:
     """A trainer after a few steps on made-up batches, with a log."""
     config = tiny_config(**(dict(quantizer="gptq", calibration_tokens=960, mtp_num_heads=0) | changes))
     trainer = make_trainer(randomize(train_gpt.GPT(config)), config)
     trainer.log = Rows()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.validation = Untouchable()  # pyright: ignore[reportAttributeAccessIssue]
     for trainer.step in range(steps):
         trainer.train_step(trainer.step, lr_scale=0.1)
     trainer.step = steps

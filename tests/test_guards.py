@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,26 @@ def test_skipped_updates_are_counted_and_logged(tiny_data, run_main, tmp_path, m
     steps = {int(path.stem.partition("_step")[2]) for path in (tmp_path / "checkpoints").glob("*_step*")}
     assert steps == set(range(21)) - {5, 6, 7, 8}  # nothing is saved while something is wrong
     assert math.isfinite(event(events_of(environ), "final_int8_zlib_roundtrip_exact")["val_bpb"])
+
+
+def test_what_was_skipped_before_a_restart_counts(tiny_data, run_main, tmp_path, monkeypatch):
+    """Three updates in a row before the restart and two after it are five, and all the run's losses are remembered."""
+    poison(monkeypatch, range(6, 99))
+    environ = tiny_environ(tiny_data, tmp_path, RESUME="auto", CHECKPOINT_SECONDS=0)
+    look_around = Trainer.look_around
+
+    def interrupted(trainer: Trainer) -> int:
+        return look_around(trainer) or (signal.SIGTERM if trainer.step == 9 and not resumed else 0)
+
+    resumed = False
+    monkeypatch.setattr(Trainer, "look_around", interrupted)
+    assert run_main(environ).returncode == 143
+    resumed = True
+    one_error(run_main(environ), "5 updates in a row", "at step 11", "000001_step9.safetensors")
+    state = train_gpt.unpack_state((tmp_path / "checkpoints" / "000001_step9.safetensors").read_bytes(), "")[1]
+    assert state["health"]["skipped_in_a_row"] == 3
+    assert 0 < state["health"]["best"] < math.log(384)
+    assert [row["in_all"] for row in events_of(environ) if row["event"] == "update_skipped"] == [1, 2, 3, 4, 5]
 
 
 def test_updates_skipped_in_a_row_end_the_run_and_name_the_last_checkpoint(tiny_data, run_main, tmp_path, monkeypatch):

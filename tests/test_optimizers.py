@@ -159,14 +159,6 @@ def test_every_parameter_has_exactly_one_optimizer_and_its_learning_rate(tied):
     assert len(optimizers.muon.shards) == 4
 
 
-def test_a_model_with_a_parameter_of_no_role_is_refused():
-    config = tiny_config()
-    model = train_gpt.GPT(config)
-    del model.kv_bank
-    with pytest.raises((AssertionError, KeyError)):
-        train_gpt.Optimizers(model, config, make_runtime(config))
-
-
 def backward(model: train_gpt.GPT, seed: int = 0) -> None:
     ids = random_ids(model.config, 2, 25, seed)
     main, _, further = model.training_losses(ids[:, :-1], ids[:, 1:], qat=False)

@@ -124,9 +124,33 @@ def test_a_second_signal_ends_a_process_at_once(tiny_data, tmp_path):
     process.communicate()
 
 
+def own_pid(folder: Path) -> str:
+    """A patch by which every rank tells its process."""
+    return f"open({str(folder)!r} + f'/pid{{rank}}', 'w').write(str(os.getpid()))"
+
+
+def test_a_second_signal_ends_a_rank_at_once_and_its_alarm_the_other(tiny_data, tmp_path):
+    """Rank 1 gets two signals; rank 0 then one of torchrun, and both are where no boundary comes."""
+    environ = tiny_environ(tiny_data, tmp_path)
+    busy = AT_STEP.format(faults={(0, 0, 0), (0, 1, 0)}, action=own_pid(tmp_path) + "; time.sleep(60)")
+    process = start(environ, busy + "train_gpt.Runtime.GRACE_S = 3\n", tmp_path, nproc=2)
+    for rank in (0, 1):
+        wait_for(process, tmp_path / f"pid{rank}", "")
+    time.sleep(0.3)
+    for pause in (1.3, 0.0):  # a second signal within a second is the launcher's copy of the first
+        os.kill(int((tmp_path / "pid1").read_text()), signal.SIGTERM)
+        time.sleep(pause)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=50)
+    assert time.monotonic() - began < 15
+    cause = stderr.partition("Root Cause")[2]
+    assert re.search(r"rank +: 1 ", cause)
+    assert re.search(r"exitcode +: 143 ", cause)
+
+
 def test_ranks_stop_together_when_one_is_told_to(tiny_data, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path, RESUME="auto", ITERATIONS=10_000, TRAIN_LOG_EVERY=10_000)
-    patch = SLOW.format("one_step", 0.05) + f"open({str(tmp_path)!r} + f'/pid{{rank}}', 'w').write(str(os.getpid()))\n"
+    patch = SLOW.format("one_step", 0.05) + own_pid(tmp_path) + "\n"
     process = start(environ, patch, tmp_path, nproc=2)
     wait_for(process, tmp_path / "logs" / "run.txt", "step:3/10000")
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGTERM)

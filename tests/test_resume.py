@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import build_kg
 import pytest
-from support import Run, event, read_events, run_script, tiny_environ, train_rows
+from support import TINY_VOCAB, Run, event, read_events, run_script, tiny_environ, train_rows, train_tokenizer
 
-from train_gpt import Trainer
+import train_gpt
+from train_gpt import Tokenizer, Trainer
 
 RESUMABLE = dict(CHECKPOINT_SECONDS=1e-9, RESUME="auto", TTT_CHUNK_TOKENS=300, TTT_EPOCHS=1)
 
@@ -161,11 +164,38 @@ def test_old_checkpoints_are_removed_and_the_cost_is_logged(tiny_data, run_main,
     assert [path.name for path in (tmp_path / "plain" / "checkpoints").glob("*_step*")] == ["000001_step6.safetensors"]
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, run_main, tmp_path, monkeypatch):
+    """The disk is done with the first checkpoint only when two more steps are taken."""
+    write_whole, one_step, save, passed = train_gpt.write_whole, Trainer.one_step, Trainer.save, threading.Event()
+    waited: list[bool] = []
+
+    def first_and_last(trainer: Trainer, finished: bool = False) -> None:
+        if finished or trainer.step == 0:
+            save(trainer, finished)
+
+    def stepped(trainer: Trainer) -> None:
+        one_step(trainer)
+        if trainer.step == 2:
+            passed.set()
+
+    def slow(path: Path, content: bytes) -> None:
+        if path.name == "000001_step0.safetensors":
+            waited.append(passed.wait(timeout=20))
+        write_whole(path, content)
+
+    monkeypatch.setattr(Trainer, "one_step", stepped)
+    monkeypatch.setattr(train_gpt, "write_whole", slow)
+    monkeypatch.setattr(Trainer, "save", first_and_last)
+    environ = tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9, ITERATIONS=4, TTT_ENABLED=0)
+    assert run_main(environ).returncode == 0
+    assert waited == [True]
+
+
 @pytest.fixture(scope="module")
-def trained(tiny_data, tmp_path_factory) -> tuple[dict[str, str], Path]:
+def trained(tiny_data, blob, tmp_path_factory) -> tuple[dict[str, str], Path]:
     """A finished short run with its three last checkpoints; tests copy it."""
     folder = tmp_path_factory.mktemp("trained")
-    environ = tiny_environ(tiny_data, folder, **RESUMABLE, CHECKPOINT_KEEP=3, ITERATIONS=8)
+    environ = tiny_environ(tiny_data, folder, **RESUMABLE, CHECKPOINT_KEEP=3, ITERATIONS=8, KG_ENABLED=1, KG_PATH=blob)
     process = run_script(environ)
     assert process.returncode == 0, process.stderr
     return environ, folder
@@ -225,14 +255,19 @@ def test_a_named_checkpoint(copy, run_main, tmp_path):
         (dict(MATRIX_LR="0.5"), "MATRIX_LR=0.027 (now 0.5)"),
         (dict(ITERATIONS="9"), "ITERATIONS=8 (now 9)"),
         (dict(DATA_PATH="{data}"), "train_shards"),
+        (dict(TOKENIZER_PATH="{data}/other.model", KG_ENABLED="0"), "tokenizer, knowledge_graph;"),
+        (dict(KG_PATH="{data}/other.txt"), "another knowledge_graph;"),
     ],
 )
 def test_another_run_is_not_continued(copy, run_main, tiny_data, tmp_path, overrides, mentioned):
-    """Another setting of training, or a shard whose last token differs."""
+    """Another setting of training, a shard whose last token differs, another tokenizer or graph."""
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     shard = data / "tiny_train_000001.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\5\0")
+    train_tokenizer(data / "other.model", TINY_VOCAB, max_sentencepiece_length=3)
+    pieces = Tokenizer(str(tiny_data / "tokenizer.model"), TINY_VOCAB).pieces
+    (data / "other.txt").write_text(build_kg.pack({i: 1 - i / len(pieces) for i in range(4, len(pieces))}, pieces))
     outcome = run_main(copy | {name: value.format(data=data) for name, value in overrides.items()})
     assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
     assert mentioned in outcome.stderr
@@ -255,7 +290,7 @@ def test_a_log_goes_on_after_its_last_whole_line(copy, run_main):
     (logs / "run.txt").write_text("first line\nsecond li")
     (logs / "run.jsonl").write_text('{"event": "first"}\n{"event": "sec')
     assert run_main(copy).returncode == 0
-    assert [row["event"] for row in read_events(logs / "run.jsonl")][:2] != ["first", "second"]
+    assert [row["event"] for row in read_events(logs / "run.jsonl")][:2] == ["first", "environment"]
     assert (logs / "run.txt").read_text(encoding="utf-8").startswith("first line\nenvironment python:")
 
 

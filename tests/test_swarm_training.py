@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +14,6 @@ from support import event, events_of, run_script, tiny_environ, train_rows
 
 import swarm_agents
 import train_gpt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import build_kg
 
 
 class Lines:
@@ -122,18 +117,6 @@ def test_weighted_loss_is_the_weighted_mean_of_the_cross_entropies():
     torch.testing.assert_close(main, nll.mean())
 
 
-@pytest.fixture(scope="module")
-def blob(tiny_data, tmp_path_factory) -> Path:
-    """A blob for the tiny tokenizer, whose importance grows with the id."""
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tiny_data / "tokenizer.model"))
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    path = tmp_path_factory.mktemp("kg") / "blob.txt"
-    path.write_text(build_kg.pack({i: i / len(pieces) for i in range(4, len(pieces))}, pieces))
-    return path
-
-
 def test_seeding_scales_embeddings_and_acts_through_the_tied_head_alone(tiny_data, blob):
     log: Any = type("Log", (), {"row": lambda *_args, **_fields: None})()
     sizes = dict(vocab_size=384, kg_enabled=True, kg_path=str(blob), mtp_num_heads=0)
@@ -152,7 +135,7 @@ def test_seeding_scales_embeddings_and_acts_through_the_tied_head_alone(tiny_dat
 
 SWARM = dict(
     RECIPE="swarm", MTP_NUM_HEADS=2, ITERATIONS=40, SWARM_EVERY=4, LATE_QAT_THRESHOLD=0, WARMDOWN_ITERS=20,
-    MIXER="none", TTT_ENABLED=0, TRAIN_LOG_EVERY=4,
+    MIXER="none", TTT_ENABLED=0, TRAIN_LOG_EVERY=4, CROWN_Q_LAMBDA=1e7,
 )  # fmt: skip
 
 
@@ -172,6 +155,7 @@ def test_two_ranks_decide_and_train_as_one(tiny_data, blob, tmp_path):
         assert row["train_loss"] == pytest.approx(other["train_loss"], abs=2e-3 if row["qat"] else 1e-4)
         controls = ("qat", "kg_weight", "mtp_weight", "clip_norm")
         assert [row[name] for name in controls] == [other[name] for name in controls]
+        assert row.get("crown_q", 0) == pytest.approx(other.get("crown_q", 0), rel=1e-3)  # once, not by rank
     last = train_rows(alone)[-1]
     assert (last["qat"], last["kg_weight"], last["mtp_weight"]) == (1, 0.1, 0.05)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPO, SCRIPT, VAL_TARGETS, Run, event, events_of, read_events, run_script, tiny_environ, train_rows
+from support import REPO, VAL_TARGETS, Run, event, events_of, read_events, run_script, tiny_environ, train_rows
 
 import train_gpt
 from train_gpt import BANK_NAMES, Config, Trainer, load_artifact, save_artifact
@@ -294,8 +294,9 @@ def test_a_part_of_the_split_says_so_wherever_a_result_is_shown(train):
 
 
 def test_the_log_is_the_source_then_what_the_console_showed(tiny_run: Run):
-    assert tiny_run.log.startswith("===== train_gpt.py =====\n" + SCRIPT.read_text(encoding="utf-8"))
-    assert tiny_run.log.split("\n===== log =====\n")[-1] == tiny_run.process.stdout
+    names = ("train_gpt.py", "swarm_agents.py", "kg_data.py")
+    sources = [f"===== {name} =====\n{(REPO / name).read_text(encoding='utf-8')}\n" for name in names]
+    assert tiny_run.log == "".join([*sources, "===== log =====\n", tiny_run.process.stdout])
     assert tiny_run.process.stderr == ""
     assert tiny_run.log.endswith("\n")
     assert tiny_run.log.splitlines()[-1].startswith("final_int8_zlib_roundtrip_exact val_loss:")

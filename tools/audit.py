@@ -690,6 +690,7 @@ class Rehearsal:
             matrix_lr=0.05, tied_embed_lr=0.1, val_loss_every=0, train_log_every=1000, kg_enabled=False, swarm_every=10,
             ttt_freeze_blocks=min(recipe.ttt_freeze_blocks, 1), weight_average="ema", data_path=str(folder),
             tokenizer_path="", out_dir=str(folder), artifact="", run_id="rehearsal", val_tokens=0,
+            quantizer="gptq", calibration_tokens=2048,  # whatever the recipe has: calibration reads data too
         )  # fmt: skip
         rehearsal = cls(folder, shorten(config, STREAM_TARGETS), PieceTable(pieces))
         rehearsal.write("train", seed=1, count=20_000)

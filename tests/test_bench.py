@@ -227,10 +227,14 @@ def test_no_results_are_an_error_with_the_command_that_makes_them(tmp_path):
         report.render(tmp_path)
 
 
-def test_readme_shows_what_the_generator_makes_of_the_committed_results():
+def test_readme_shows_what_the_generator_makes_of_the_committed_results(tmp_path, monkeypatch):
     text = (REPO / "README.md").read_text(encoding="utf-8")
     first, last = report.between_markers(text)
-    assert text[first:last] == report.render(), "run: python tools/report.py --write"
+    outdated = text[:first] + "\nof last year\n".join(report.MARKERS) + text[last:]
+    (tmp_path / "README.md").write_text(outdated, encoding="utf-8")
+    monkeypatch.setattr(report, "REPO", tmp_path)
+    assert report.main(["--write"]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text, "run: python tools/report.py --write"
 
 
 def test_slope_sweep_writes_table_plot_and_figures(tiny_data, tmp_path, capsys, monkeypatch):

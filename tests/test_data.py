@@ -8,7 +8,7 @@ import sentencepiece
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import TINY_VOCAB, VAL_TARGETS, golden_folder, make_documents, shared_data, train_tokenizer, write_shard
+from support import TINY_VOCAB, VAL_TARGETS, make_documents, shared_data, train_tokenizer, write_shard
 
 from train_gpt import (
     BatchPlan,
@@ -266,15 +266,6 @@ def test_the_digest_is_that_of_the_pieces(tokenizer, tmp_path):
     assert len(tokenizer.digest) == 16
     assert tokenizer.digest == Tokenizer(str(again), TINY_VOCAB).digest
     assert tokenizer.digest != Tokenizer(str(other), TINY_VOCAB - 5).digest
-
-
-def test_byte_tables_of_the_contests_tokenizer():
-    folder, path = golden_folder(), shared_data("fineweb_1024_bpe.model")
-    if folder is None or path is None:
-        pytest.skip("needs sliding.npz of the golden vectors and fineweb_1024_bpe.model (SHARED_DIR)")
-    tables, tokenizer = np.load(folder / "sliding.npz"), Tokenizer(str(path), 1024)
-    for name in ("base_bytes", "has_leading_space", "is_boundary"):
-        np.testing.assert_array_equal(getattr(tokenizer, name), tables[name], err_msg=name)
 
 
 def test_bytes_with_a_full_sized_tokenizer_are_utf8_sizes():

@@ -31,38 +31,6 @@ def score(model, validation, stride, **overrides):
     return train_gpt.score_stream(model, config, make_runtime(config), validation, stride)
 
 
-@pytest.mark.parametrize("batch_seqs", [32, 7])
-def test_sliding_window_scores_each_target_once(model, batch_seqs):
-    """`each_target_once` of the reference, whose own evaluation counted the tail's targets again.
-
-    One difference is by design: the last 8 targets (3000 = 96 + 181·16 + 8) have a full window of 96 here, where the
-    reference cut its last window short, to the 88 targets from 2912. They are put in its way before comparing.
-    """
-    recorded, validation = golden_json("sliding")["each_target_once"], golden_validation()
-    scores = score(model, validation, 16, eval_batch_seqs=batch_seqs)
-    result = train_gpt.summarize(scores, validation)
-    assert (result.tokens, result.bytes) == (recorded["token_count"], recorded["byte_count"]) == (3000, 10374)
-    assert result.tokens < golden_json("sliding")["reference"]["token_count"]
-    assert result.val_loss == pytest.approx(recorded["val_loss"], abs=1e-3)
-    window = torch.from_numpy(validation.tokens[2912:].astype(np.int64))[None]
-    with torch.no_grad():
-        cut_short, _, _ = model.token_scores(window[:, :-1], window[:, 1:], 8)
-    logp = np.concatenate([scores.logp[:-8], cut_short[0].numpy()])
-    as_recorded = train_gpt.summarize(train_gpt.TokenScores(logp, scores.entropy), validation)
-    assert as_recorded.val_loss == pytest.approx(recorded["val_loss"], abs=1e-6)
-    assert as_recorded.val_bpb == pytest.approx(recorded["val_bpb"], abs=1e-6)
-
-
-def test_scoring_without_overlap(model):
-    """Whole windows only, as the reference: 31 windows of 96 targets."""
-    recorded, validation = golden_json("sliding")["eval_val_nonoverlapping_31x96"], golden_validation()
-    validation.tokens, validation.bytes = validation.tokens[: 31 * 96 + 1], validation.bytes[: 31 * 96]
-    result = train_gpt.summarize(score(model, validation, 96), validation)
-    assert result.tokens == 31 * 96
-    assert result.val_loss == pytest.approx(recorded["val_loss"], abs=1e-5)
-    assert result.val_bpb == pytest.approx(recorded["val_bpb"], abs=1e-5)
-
-
 def test_stream_scores_equal_one_window_at_a_time(model):
     """Each target's score is the model's own, given the window that the plan says."""
     validation = golden_validation()

@@ -116,14 +116,6 @@ def test_packages_of_other_settings_are_not_needed(run_main, tiny_run: Run, tmp_
     assert (outcome.returncode, outcome.stderr) == (0, "")
 
 
-def test_run_without_cuda_says_so(run_main, tiny_data, tmp_path):
-    outcome = run_main(tiny_environ(tiny_data, tmp_path, DEVICE="cuda"))
-    assert outcome.returncode == 2
-    assert outcome.stderr.count("\n") == 1
-    assert "DEVICE=cuda" in outcome.stderr
-    assert "CUDA device" in outcome.stderr
-
-
 @pytest.mark.parametrize(("choice", "package"), [("fa3", "flash_attn_interface"), ("fa2", "flash_attn")])
 def test_flash_attention_is_needed_only_when_asked_for(monkeypatch, choice, package):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))

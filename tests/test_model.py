@@ -332,11 +332,6 @@ def test_rope_on_all_dimensions_equals_the_full_width():
     assert not torch.equal(logits[0], logits[4])
 
 
-def test_heads_of_width_two():
-    with pytest.raises(train_gpt.ConfigError, match="ROPE_DIMS"):
-        tiny_config(model_dim=8, num_heads=4, rope_dims=0)
-
-
 @pytest.mark.parametrize("slope", [0.0, 0.5, 0.75])
 def test_activation_is_the_squared_leaky_relu(slope):
     """One layer with attention silenced, against the formula of its MLP branch."""

@@ -33,7 +33,7 @@ BLOB = "python tools/build_kg.py blob --tokenizer data/mine/tokenizer.model --ou
 TRAIN = "DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model KG_PATH=data/mine/kg_blob.txt python train_gpt.py"
 RUN_HERE = (PREPARE, BLOB, TRAIN)
 # 2. Run by continuous integration.
-RUN_BY_CI = ("make test",)
+RUN_BY_CI = ("make demo", "make test")
 # 3. Run, with other paths, by another test: FILE::TEST.
 RUN_BY_TEST = {
     "python tools/make_submission.py logs/a.jsonl logs/b.jsonl logs/c.jsonl --name NAME --blurb TEXT --date DATE": (
@@ -58,7 +58,6 @@ NOT_RUN = {
     "make audit-deps": "network",
     "python bench/run_all.py --device cpu": "minutes; tests/test_bench.py runs its parts in a small form",
     "python bench/gpu_check.py": "a GPU; tests/test_bench.py runs it on the CPU",
-    "make demo": "minutes",
     "python tools/audit.py --artifact final_model.int6.ptz": "a minute; tests/test_audit.py runs its checks one by one",
     'make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"': "network and minutes",
     "pip install -r requirements.txt": "network",

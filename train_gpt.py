@@ -716,11 +716,12 @@ class RunLog:
             self.bar_width = 0
 
     def close(self) -> None:
-        if self.active:
-            self._clear_bar()
+        if not self.active:
+            return
+        self._clear_bar()
+        for file in (self.text_file, self.json_file):
             with contextlib.suppress(OSError):  # what could not be flushed was already reported
-                self.text_file.close()
-                self.json_file.close()
+                file.close()
 
 
 def _key_value(name: str, value: Any, digits: int) -> str:
@@ -3688,7 +3689,7 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
     source = digest_of(*weights, config.portable().to_json(), *code_paths())
     checkpoints.finish()
     known = record.read_bytes() if record.is_file() else b""
-    own = path.is_file() and known == f"{source} {digest_of(path)}".encode()  # of the run that goes on here
+    own = path.is_file() and known == f"{source} {digest_of(path)}".encode() and config.resume != ""
     reused = bool(runtime.from_main(own)[0])
     hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
     if runtime.is_main:
@@ -3703,9 +3704,8 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
 
 
-def run(config: Config, runtime: Runtime) -> Score:
+def run(config: Config, runtime: Runtime, log: RunLog) -> Score:
     """The whole job: train (unless EVAL_ONLY), reload the artifact into a fresh model, score it."""
-    log = RunLog(config, runtime)
     backend, attend = choose_attention(config.attention, runtime.device)
     log.row("environment", **runtime.describe(), attention=backend)
     log.row("config", **dataclasses.asdict(config))
@@ -3731,7 +3731,6 @@ def run(config: Config, runtime: Runtime) -> Score:
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, progress)
     checkpoints.forget_evaluation()
     log.row("final_int8_zlib_roundtrip_exact", result.note, **result.headline(), valid=result.valid)
-    log.close()
     return result
 
 
@@ -3740,8 +3739,8 @@ def main() -> int:
     label = Runtime.label(os.environ)
     try:
         config = Config.from_env(os.environ)
-        with Runtime(config, os.environ) as runtime:
-            run(config, runtime)
+        with Runtime(config, os.environ) as runtime, contextlib.closing(RunLog(config, runtime)) as log:
+            run(config, runtime, log)
     except Stopped as stop:
         return 128 + stop.args[0]
     except UserError as error:

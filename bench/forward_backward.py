@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,8 @@ def main() -> None:
     actions = {"eager": one_pass(model, losses["eager"], args.seqs, args.seq_len, args.qat)}
     compile_s = None
     if not args.no_compile:
+        cache = tempfile.TemporaryDirectory()  # of this run alone: what an earlier one compiled would be found again
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
         losses["compiled"] = torch.compile(model.training_losses, dynamic=False, fullgraph=True)
         actions["compiled"] = one_pass(model, losses["compiled"], args.seqs, args.seq_len, args.qat)
         began = time.perf_counter()

@@ -1823,7 +1823,8 @@ class Optimizers:
         bank_square = torch.stack([grad.square().sum() for grad in own]).sum()
         norm = (self.runtime.all_reduce_sum(bank_square) + self.flat_grad.square().sum()).sqrt()
         finite = torch.isfinite(norm)
-        self.skipped = torch.where(finite, self.skipped.new_tensor([0.0, 1.0]) * self.skipped, self.skipped + 1)
+        left_out, (in_a_row, in_all) = (~finite).float(), self.skipped
+        self.skipped = torch.stack([(in_a_row + 1) * left_out, in_all + left_out])
         if clip_norm > 0:
             coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for grad in (*own, self.flat_grad):
@@ -1831,7 +1832,7 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.muon.step(self.config.matrix_lr * lr_scale, muon_momentum, finite)
-        vars(self.adamw)["found_inf"] = (~finite).float()  # the fused kernel's own switch, which gradient scalers use
+        vars(self.adamw)["found_inf"] = left_out  # the fused kernel's own switch, which gradient scalers use
         self.adamw.step()
         return norm
 

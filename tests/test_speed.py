@@ -6,6 +6,7 @@ Each limit is about a third of the ratio seen on an idle core; best of several a
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,30 @@ def test_no_step_between_log_lines_reads_a_value_back(trainer: train_gpt.Trainer
             trainer.one_step()
     assert reads.count == 0
     assert trainer.step == 14
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_no_step_makes_tensors_of_python_values(trainer: train_gpt.Trainer, monkeypatch: Any, qat: bool):
+    """On a GPU that would be a copy from pageable memory, for which the host waits; the loader has a thread for it."""
+    trainer.controls.qat = qat
+    made: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                made.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (torch.Tensor, "new_tensor")):
+        watch(owner, name)
+    trainer.one_step()
+    made.clear()  # the first batch has not been read ahead
+    trainer.one_step()
+    assert made == []
 
 
 def test_a_log_line_reads_values_back_and_is_counted(trainer: train_gpt.Trainer):

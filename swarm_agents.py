@@ -44,6 +44,7 @@ class TrainingMetrics:
     mtp_weight: float  # 0: no MTP heads
     clip_norm: float  # 0: no clipping
     loss_history: tuple[float, ...] = ()
+    qat_available: bool = True  # false: the run's settings rule QAT out
 
     @property
     def progress(self) -> float:
@@ -92,9 +93,10 @@ class QATTimingAgent(Agent):
 
     def propose(self, metrics: TrainingMetrics) -> Wish | None:
         progress, lr_scale = metrics.progress, metrics.current_lr_scale
-        if progress > 0.40 and lr_scale < 0.15:
+        if metrics.qat_available and progress > 0.40 and lr_scale < 0.15:
             return 1.0, 0.90, f"progress={progress:.2f}, lr_scale={lr_scale:.4f}, warmdown region"
-        return (1.0, 0.95, f"progress={progress:.2f}, QAT deadline") if progress > QAT_DEADLINE else None
+        due = metrics.qat_available and progress > QAT_DEADLINE
+        return (1.0, 0.95, f"progress={progress:.2f}, QAT deadline") if due else None
 
     def vote(self, motion: Motion) -> Vote:
         proposal, _, qat_is_fresh = motion

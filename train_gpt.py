@@ -467,6 +467,9 @@ class Runtime:
         self.rank = _parse("RANK", environ.get("RANK", "0"), int)
         self.local_rank = _parse("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
         self.world_size = _parse("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
+        if not 0 <= self.rank < self.world_size:
+            found = f"RANK={self.rank} with WORLD_SIZE={self.world_size}"
+            raise ConfigError(f"{found} cannot be: torchrun sets RANK from 0 to WORLD_SIZE - 1; unset both without it")
         self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.device = self._pick_device(config.device)
         self.control_group: Any = None
@@ -476,7 +479,7 @@ class Runtime:
     @staticmethod
     def label(environ: Mapping[str, str]) -> str:
         """Which rank an error is of, where there are several."""
-        return f"rank {environ.get('RANK')}: " if environ.get("WORLD_SIZE", "1") != "1" else ""
+        return f"rank {environ['RANK']}: " if "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1" else ""
 
     def _pick_device(self, choice: str) -> torch.device:
         available = torch.cuda.is_available()
@@ -496,7 +499,7 @@ class Runtime:
         if self.world_size > 1:
             try:
                 self._join()
-            except (RuntimeError, OSError) as error:  # another rank may have ended before this one was there
+            except (RuntimeError, OSError, ValueError) as error:  # gone before this one was there, or an odd address
                 raise UserError(f"cannot join the other ranks: {error}") from error
         self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]
         return self
@@ -672,14 +675,14 @@ class RunLog:
         if not self.active:
             return
         self._clear_bar()
-        text = text.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes that are no text
         for file in (sys.stdout, self.text_file):
             self._write(file, text + "\n")
 
     def _write(self, file: TextIO, text: str) -> None:
         """A log that cannot be written, console included, must not cost the run: say so once and go on."""
+        encoding = file.encoding or "utf-8"  # a path may hold what the console cannot show, or bytes that are no text
         try:
-            file.write(text)
+            file.write(text.encode(encoding, "backslashreplace").decode(encoding))
             file.flush()
         except OSError as error:
             if file.name not in self.failed:
@@ -860,6 +863,8 @@ class Checkpoints:
     def forget_evaluation(self) -> None:
         """It is done, and its file has served."""
         self.finish()
+        if not self.runtime.is_main:
+            return
         with contextlib.suppress(OSError):
             self.evaluation_path.unlink()
             self.folder.rmdir()  # which fails where training has left something
@@ -902,6 +907,10 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"cannot read the checkpoint {path} (RESUME): {error.strerror}") from error
         return content, unpack_state(content, path)
+
+    def close(self) -> None:
+        """However the run ends, what is being written gets its time."""
+        self.finish()
 
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank. Raises CheckpointError when the one RESUME names is none."""
@@ -1014,14 +1023,14 @@ class TokenStream:
 
     def _piece(self, index: int, offset: int, count: int) -> np.ndarray:
         """Read, not mapped: touching the map of a file that has shrunk ends the process without a word."""
-        path = self.paths[index]
+        path, advice = self.paths[index], "restore it, then RESUME=auto goes on"
         try:
             same = path.stat().st_mtime_ns == self.modified_ns[index] or shard_identity(path) == self.identity[index]
             piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
         except OSError as error:
-            raise DataError(f"cannot read the shard {path} any more: {error.strerror}") from error
+            raise DataError(f"cannot read the shard {path} any more: {error.strerror}; {advice}") from error
         if not same or len(piece) < count:
-            raise DataError(f"{path} has changed during the run; restore it, then RESUME=auto goes on")
+            raise DataError(f"{path} has changed during the run; {advice}")
         return piece
 
 
@@ -1076,6 +1085,10 @@ class TokenLoader:
         ids = tokens[:-1].view(self.plan.grad_accum_steps, -1, self.seq_len)
         targets = tokens[1:].view(self.plan.grad_accum_steps, -1, self.seq_len)
         return list(zip(ids, targets))
+
+    def failing(self, step: int) -> bool:
+        """Whether that step's batch was read ahead, in vain."""
+        return self.ahead is not None and self.ahead[0] == step and self.ahead[1].exception() is not None
 
     def close(self) -> None:
         self.reader.shutdown(wait=True, cancel_futures=True)
@@ -2095,7 +2108,7 @@ class Trainer:
             loss_history=tuple(self.loss_history), grad_norm=grad_norm.item(),
             elapsed_ms=1000 * self.elapsed_s, max_wallclock_ms=1000 * config.training_seconds,
             current_lr_scale=lr_scale, qat_enabled=controls.qat, kg_weight=controls.kg_weight,
-            mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm,
+            mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm, qat_available=config.qat_bits > 0,
         )  # fmt: skip
         before: dict[str, float] = dataclasses.asdict(controls)
         values = before | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
@@ -2147,6 +2160,7 @@ class Trainer:
             self.controls, self.health = Controls(**meta["controls"]), Health(**meta["health"])
             skipped = self.health.skipped_in_a_row, self.health.skipped
             self.optimizers.skipped = self.optimizers.skipped.new_tensor(skipped)
+            self.seen[:2] = self.optimizers.skipped
             self.step, self.average.count, self.loss_history = meta["step"], meta["average_count"], meta["loss_history"]
             self.elapsed_s = self.saved_at_s = self.clock.total_s = meta["elapsed_s"]
             if self.swarm is not None:
@@ -2168,13 +2182,17 @@ class Trainer:
             advice = "set them back, or RESUME= to train from the beginning"
             raise ConfigError(f"{source} was trained with another {', '.join(odd)}; {advice}")
 
-    def look_around(self) -> int:
-        """Agree with all ranks on clock, health and signals; the signal to stop for, or 0. Raises TrainingError."""
-        left_s = self.config.max_wallclock_seconds - self.elapsed_s
+    def look_around(self) -> tuple[int, bool]:
+        """Agree with all ranks on clock and health; the signal to stop for, or 0, and whether a rank lacks its batch.
+
+        Raises TrainingError.
+        """
+        left_s = self.config.training_seconds - self.elapsed_s
         if 0 < left_s < self.SETTLED_S:
             self.runtime.synchronize()  # the last seconds are counted with the work that the device still has queued
         before = self.health.skipped
-        self.elapsed_s, signalled, in_a_row, skipped, loss = self.clock.agreed(self.runtime.signal, *self.seen.tolist())
+        own = self.runtime.signal, self.loader.failing(self.step), *self.seen.tolist()
+        self.elapsed_s, signalled, failing, in_a_row, skipped, loss = self.clock.agreed(*own)
         self.health.observe(in_a_row, skipped, loss, self.config.vocab_size)
         if self.health.skipped > before:
             self.log.row("update_skipped", "gradient not finite", step=self.step, in_all=self.health.skipped)
@@ -2184,7 +2202,7 @@ class Trainer:
             last = self.checkpoints.newest if self.checkpoints is not None else ""
             advice = f"the last good checkpoint is {last or 'none'}; lower MATRIX_LR or GRAD_CLIP_NORM"
             raise TrainingError(f"{problem}, at step {self.step}: {advice}")
-        return int(signalled)
+        return int(signalled), bool(failing)
 
     def train(self, state: State | None = None, source: str = "") -> None:
         """Train until ITERATIONS or the wallclock cap, validating on the way and at the end; or go on from `state`."""
@@ -2201,7 +2219,7 @@ class Trainer:
         compiles = compile_count()
         self.clock.start()
         while True:
-            signalled = self.look_around()
+            signalled, failing = self.look_around()
             capped = 0 < config.training_seconds <= self.elapsed_s
             last = self.step >= config.iterations or capped
             due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step > 0
@@ -2216,7 +2234,8 @@ class Trainer:
             if due:
                 self.clock.start()
             calm = self.health.skipped_in_a_row == self.health.lost_steps == 0
-            if signalled or (calm and 0 < config.checkpoint_seconds <= self.elapsed_s - self.saved_at_s):
+            timely = 0 < config.checkpoint_seconds <= self.elapsed_s - self.saved_at_s
+            if signalled or failing or (calm and timely):  # the step below raises where the batch is missing
                 self.save()
             if signalled and self.checkpoints is not None:
                 self.checkpoints.stop(signalled, step=self.step)
@@ -2667,7 +2686,7 @@ def save_artifact(
     if log is not None:
         bound = entropy_bound(tensors)
         share = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
-        shown = {"payload": share, "entropy_bound": round(bound), "ratio": share / bound}
+        shown = {"payload": share, "entropy_bound": round(bound), "ratio": share / max(bound, 1.0)}
         log.row("packing", **shown, **dataclasses.asdict(options))
     try:
         write_whole(path, packed)
@@ -3705,7 +3724,7 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
 
 
-def run(config: Config, runtime: Runtime, log: RunLog) -> Score:
+def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints) -> Score:
     """The whole job: train (unless EVAL_ONLY), reload the artifact into a fresh model, score it."""
     backend, attend = choose_attention(config.attention, runtime.device)
     log.row("environment", **runtime.describe(), attention=backend)
@@ -3716,7 +3735,6 @@ def run(config: Config, runtime: Runtime, log: RunLog) -> Score:
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total_bytes)
     adaptive = config.ttt_enabled or config.mixer != "none"
     log.row("track:adaptive" if adaptive else "track:fixed_predictor")
-    checkpoints = Checkpoints(config, runtime, log)
     if not config.eval_only:
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
             require(package, "writing the artifact")  # said now, not after the training
@@ -3740,8 +3758,10 @@ def main() -> int:
     label = Runtime.label(os.environ)
     try:
         config = Config.from_env(os.environ)
-        with Runtime(config, os.environ) as runtime, contextlib.closing(RunLog(config, runtime)) as log:
-            run(config, runtime, log)
+        with contextlib.ExitStack() as stack:
+            runtime = stack.enter_context(Runtime(config, os.environ))
+            log = stack.enter_context(contextlib.closing(RunLog(config, runtime)))
+            run(config, runtime, log, stack.enter_context(contextlib.closing(Checkpoints(config, runtime, log))))
     except Stopped as stop:
         return 128 + stop.args[0]
     except UserError as error:

@@ -60,6 +60,21 @@ def test_a_wrong_setting(run_main, tiny_data, tmp_path, variable, value, mention
     assert not (tmp_path / "final_model.int6.ptz").exists()
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        dict(RANK=5), dict(RANK=-1), dict(WORLD_SIZE=0), dict(WORLD_SIZE=2), dict(WORLD_SIZE=2, RANK=0),
+        dict(WORLD_SIZE=2, RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), dict(WORLD_SIZE="two"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_launcher_that_makes_no_sense(run_main, tiny_data, tmp_path, launcher):
+    code, stdout, stderr = run_main(tiny_environ(tiny_data, tmp_path, **launcher))
+    assert_one_error_line(code, stdout, stderr)
+    assert re.search("RANK|WORLD_SIZE|MASTER_ADDR|abc", stderr)
+    assert not (tmp_path / "final_model.int6.ptz").exists()
+
+
 def test_cuda_where_there_is_none(run_main, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_one_error_line(*run_main(tiny_environ(tiny_data, tmp_path, DEVICE="cuda")), "DEVICE=cuda", "DEVICE=cpu")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from golden_support import make_trainer, tiny_config
-from support import SCRIPT, event, events_of, tiny_environ, train_rows, write_shard
+from support import SCRIPT, event, events_of, run_script, tiny_environ, train_rows, write_shard
 
 import train_gpt
 from train_gpt import Health, Trainer
@@ -101,8 +101,9 @@ def test_what_was_skipped_before_a_restart_counts(tiny_data, run_main, tmp_path,
     environ = tiny_environ(tiny_data, tmp_path, RESUME="auto", CHECKPOINT_SECONDS=0)
     look_around = Trainer.look_around
 
-    def interrupted(trainer: Trainer) -> int:
-        return look_around(trainer) or (signal.SIGTERM if trainer.step == 9 and not resumed else 0)
+    def interrupted(trainer: Trainer) -> tuple[int, bool]:
+        signalled, failing = look_around(trainer)
+        return signalled or (signal.SIGTERM if trainer.step == 9 and not resumed else 0), failing
 
     resumed = False
     monkeypatch.setattr(Trainer, "look_around", interrupted)
@@ -232,6 +233,15 @@ def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(
     assert (tmp_path / "final_model.int6.ptz").read_bytes() == artifact
 
 
+def test_a_console_that_cannot_show_a_name_does_not_stop_a_run(tiny_data, tmp_path):
+    out = tmp_path / "caf\u00e9"
+    environ = tiny_environ(tiny_data, out, ITERATIONS=1, TTT_ENABLED=0, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    process = run_script(environ)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "caf\\xe9/final_model.int6.ptz" in process.stdout
+    assert "caf\u00e9/final_model.int6.ptz" in (out / "logs" / "run.txt").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_log_disks_do_not_stop_a_run(tiny_data, tmp_path):
     """Both log files and the console."""
@@ -286,6 +296,27 @@ def test_a_shard_that_vanishes_or_changes(tiny_data, run_main, tmp_path, monkeyp
     assert "step:7/20" not in outcome.stdout
 
 
+def test_a_shard_that_comes_back_costs_no_step(tiny_data, run_main, tmp_path, monkeypatch):
+    """No checkpoint is due when the shard goes: that of the last step taken is written for it, by a slow disk."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(tiny_data, data)
+    path, write_whole = data / "tiny_train_000000.bin", train_gpt.write_whole
+    before_step(monkeypatch, 4, lambda: path.rename(tmp_path / "away"))
+    monkeypatch.setattr(train_gpt, "write_whole", lambda *arguments: (time.sleep(0.3), write_whole(*arguments)))
+    environ = tiny_environ(data, out, RESUME="auto", TTT_ENABLED=0)
+    outcome = run_main(environ)
+    one_error(outcome, path, "RESUME=auto goes on")
+    (saved,) = (out / "checkpoints").glob("*_step*")
+    done = int(saved.stem.partition("_step")[2])
+    assert f"step:{done}/20 " in outcome.stdout
+    assert f"step:{done + 1}/20 " not in outcome.stdout
+    (tmp_path / "away").rename(path)
+    assert f"resumed step:{done} " in run_main(environ).stdout
+    assert run_main(tiny_environ(tiny_data, tmp_path / "plain", TTT_ENABLED=0)).returncode == 0
+    names = [folder / "final_model.int6.ptz" for folder in (out, tmp_path / "plain")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
 def test_a_shard_that_was_only_touched(tiny_data, run_main, tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
@@ -316,9 +347,10 @@ def test_no_decision_reads_the_wall_clock():
     assert names <= {"perf_counter", "monotonic", "sleep", "strftime"}
 
 
-def test_the_last_seconds_before_the_cap_count_queued_work(monkeypatch):
-    """On CUDA the host runs ahead of the device: near the cap it waits for it, elsewhere never."""
-    config = tiny_config(max_wallclock_seconds=100.0)
+@pytest.mark.parametrize("reserve", [0.0, 40.0])
+def test_the_last_seconds_before_the_cap_count_queued_work(monkeypatch, reserve):
+    """On CUDA the host runs ahead of the device: near the end of training it waits for it, elsewhere never."""
+    config = tiny_config(max_wallclock_seconds=100.0 + reserve, train_reserve_seconds=reserve)
     trainer = make_trainer(train_gpt.GPT(config), config)
     waited: list[float] = []
     monkeypatch.setattr(trainer.runtime, "synchronize", lambda: waited.append(trainer.elapsed_s))

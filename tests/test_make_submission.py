@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def write_log(folder: Path, seed: int, change: Callable[[list[dict[str, Any]]], 
     log.row("step:7000/20000", train_loss=2.0, train_time_ms=598_000.0, step_avg_ms=85.4)
     log.row("step:7020/20000", val_loss=2.0, val_bpb=1.2, train_time_ms=599_800.0, step_avg_ms=85.44)
     log.row("artifact_bytes", bytes=15_800_000)
+    log.row("code_bytes", bytes=150_000)
     log.row("total_bytes", bytes=15_950_000, limit=train_gpt.SIZE_LIMIT_BYTES)
     log.row("evaluation", total_s=412.5, budget_s=600.0)
     bpb = LOSSES.get(seed, 1.9) / 1.69
@@ -121,6 +123,12 @@ SPOILT: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], tuple[str, ...]]]
     "size": (lambda rows: row_of(rows, "total_bytes").update(bytes=16_000_001), ("16000001 bytes",)),
     "training": (lambda rows: rows[4].update(train_time_ms=600_200.0), ("600.2 s of training",)),
     "evaluation": (lambda rows: row_of(rows, "evaluation").update(total_s=601.0), ("601.0 s of evaluation",)),
+    "hardware": (lambda rows: row_of(rows, "environment").update(hardware="TPU"), ("hardware=", "'TPU'")),
+    "versions": (lambda rows: row_of(rows, "environment").update(torch="9.9"), ("torch=", "'9.9'")),
+    "ranks": (lambda rows: row_of(rows, "environment").update(world_size=77), ("world_size=", "77")),
+    "code": (lambda rows: row_of(rows, "code_bytes").update(bytes=7), ("code bytes=", "7")),
+    "no number": (lambda rows: rows[-1].update(val_loss=math.nan), ("val_loss", "nan", "no finite number")),
+    "text": (lambda rows: row_of(rows, "total_bytes").update(bytes="many"), ("bytes", "'many'", "no finite number")),
     "setting": (lambda rows: row_of(rows, "config").update(matrix_lr=0.5), ("MATRIX_LR=0.027", "has 0.5")),
     "setting absent": (lambda rows: row_of(rows, "config").pop("beta1"), ("BETA1=0.9", "has None")),
     "unfinished": (lambda rows: rows.pop(), ("did not finish",)),
@@ -160,7 +168,8 @@ def test_damaged_and_missing_logs_are_refused(logs: list[Path], tmp_path: Path, 
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     assert_refused(capsys, make_submission.main, command(logs[:2], out, "--non-record", "--baseline", bad), "bad.json")
-    assert_refused(capsys, make_submission.main, [*command(logs[:2], out, "--non-record"), "--date", "today"], "today")
+    for date in ("today", "2026-99-99"):
+        assert_refused(capsys, make_submission.main, [*command(logs[:2], out, "--non-record"), "--date", date], date)
 
 
 def test_author_is_never_invented(logs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):

@@ -401,3 +401,10 @@ def test_imports_the_standard_library_alone():
         [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+def test_no_qat_where_the_settings_rule_it_out():
+    for progress, lr_scale in ((0.5, 0.1), (0.75, 1.0), (0.99, 0.0)):
+        metrics = quiet(progress, current_lr_scale=lr_scale)
+        assert changes(VotingMesh().vote(metrics)) == {"qat": 1.0}
+        assert VotingMesh().vote(dataclasses.replace(metrics, qat_available=False)) == []

@@ -191,3 +191,11 @@ def test_the_default_recipe_is_the_swarm_with_everything_on():
     assert config.recipe == "swarm"
     assert (config.swarm_enabled, config.kg_enabled, config.mtp_num_heads, config.swarm_every) == (True, True, 2, 800)
     assert json.loads(config.to_json())["kg_weight"] == 0.3
+
+
+def test_the_swarm_does_not_overrule_qat_bits(tiny_data, blob, run_main, tmp_path):
+    environ = tiny_environ(tiny_data, tmp_path, KG_PATH=blob, **SWARM | dict(QAT_BITS=0, ITERATIONS=20))
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    assert {row["qat"] for row in train_rows(events_of(environ))} == {0}
+    assert "kg_weight_agent kg_weight 0.3->0.4 passed" in outcome.stdout

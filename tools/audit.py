@@ -691,6 +691,7 @@ class Rehearsal:
             ttt_freeze_blocks=min(recipe.ttt_freeze_blocks, 1), weight_average="ema", data_path=str(folder),
             tokenizer_path="", out_dir=str(folder), artifact="", run_id="rehearsal", val_tokens=0,
             quantizer="gptq", calibration_tokens=2048,  # whatever the recipe has: calibration reads data too
+            resume="",  # or the second training would take over what the first one left
         )  # fmt: skip
         rehearsal = cls(folder, shorten(config, STREAM_TARGETS), PieceTable(pieces))
         rehearsal.write("train", seed=1, count=20_000)

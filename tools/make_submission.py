@@ -3,20 +3,23 @@
     python tools/make_submission.py logs/a.jsonl logs/b.jsonl logs/c.jsonl --name "Swarm" --blurb "…" --github-id me
 
 Every figure is read from the logs; author and GitHub id come from the options or from `git config user.name` and
-`git config github.user`. Refused are: fewer than three seeds or partial validation (unless --non-record), settings that
-differ between seeds, a seed given twice, a score that is no code length, more than 16,000,000 bytes, more than 600 s of
-training or of evaluation, and a log that is missing, damaged or not finished. Exit code 0, or 2 with one line.
+`git config github.user`. Refused are: fewer than three seeds or partial validation (unless --non-record), settings,
+machines or code that differ between seeds, a seed given twice, a score that is no code length, more than 16,000,000
+bytes, more than 600 s of training or of evaluation, and a log that is missing, damaged or not finished. Exit code 0, or
+2 with one line.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ SIZE_LIMIT_BYTES = 16_000_000
 BUDGET_S = 600.0
 RECORD_SEEDS = 3
 THRESHOLD_NATS = 0.005  # by which a record has to beat the one before
-OF_THE_SEED = ("seed", "run_id", "out_dir", "resume")  # settings that may differ between the runs of a submission
+STEP = re.compile(r"step:(\d+)/\d+")
+OF_THE_SEED = ("SEED", "RUN_ID", "OUT_DIR", "RESUME")  # settings that may differ between the runs of a submission
 
 
 class SubmissionError(Exception):
@@ -89,16 +93,26 @@ class SeedRun:
     def partial(self) -> bool:
         return "partial" in str(self.rows[-1].get("note", ""))
 
+    def numbers(self, pattern: str, *names: str) -> list[float]:
+        """As `last`, of finite numbers. Raises SubmissionError for anything else."""
+        values = self.last(pattern, *names)
+        for name, value in zip(names, values):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise SubmissionError(f"{self.path}: {name} of {pattern!r} is {value!r}, no finite number")
+        return values
+
     def figures(self) -> dict[str, Any]:
         """This seed's entry in submission.json."""
-        val_loss, val_bpb, valid = self.last("final_int8_zlib_roundtrip_exact", "val_loss", "val_bpb", "valid")
-        train_ms, step_avg_ms = self.last(r"step:\d+/\d+", "train_time_ms", "step_avg_ms")
-        steps = max(int(row["event"][5:].split("/")[0]) for row in self.rows if row["event"].startswith("step:"))
+        final = "final_int8_zlib_roundtrip_exact"
+        (val_loss, val_bpb), (valid,) = self.numbers(final, "val_loss", "val_bpb"), self.last(final, "valid")
+        train_ms, step_avg_ms = self.numbers(STEP.pattern, "train_time_ms", "step_avg_ms")
+        steps = max(int(found[1]) for row in self.rows if (found := STEP.fullmatch(row["event"])))
         train_s = train_ms / 1000
         if any(row["event"] == "calibration" for row in self.rows):
-            (train_s,) = self.last("calibration", "train_and_calibration_s")
-        (artifact_bytes,), (bytes_total,) = self.last("artifact_bytes", "bytes"), self.last("total_bytes", "bytes")
-        (eval_s,) = self.last("evaluation", "total_s")
+            (train_s,) = self.numbers("calibration", "train_and_calibration_s")
+        (artifact_bytes,) = self.numbers("artifact_bytes", "bytes")
+        (bytes_total,) = self.numbers("total_bytes", "bytes")
+        (eval_s,) = self.numbers("evaluation", "total_s")
         return dict(
             val_loss=val_loss, val_bpb=val_bpb, steps=steps, step_avg_ms=step_avg_ms, train_time_s=train_s,
             eval_time_s=eval_s, artifact_bytes=artifact_bytes, bytes_total=bytes_total, valid=valid,
@@ -119,6 +133,15 @@ def check_run(run: SeedRun, figures: dict[str, Any], record: bool) -> None:
         raise SubmissionError(f"{run.path} scores a part of the validation split (VAL_TOKENS); --non-record allows it")
 
 
+def check_alike(run: SeedRun, first: SeedRun, fields_of: Callable[[SeedRun], dict[str, Any]]) -> None:
+    """Raise SubmissionError for a field in which two runs differ, unless it is one of the seed."""
+    ours, theirs = fields_of(run), fields_of(first)
+    for name in sorted(set(ours) | set(theirs)):
+        if name not in OF_THE_SEED and ours.get(name) != theirs.get(name):
+            found, expected = f"{ours.get(name)!r:.80}", f"{theirs.get(name)!r:.80}"
+            raise SubmissionError(f"{run.path}: {name}={found}, but {first.path} has {expected}")
+
+
 def check_together(runs: Sequence[SeedRun], record: bool) -> None:
     """Raise SubmissionError for runs that are not repetitions of one another, or too few."""
     if record and len(runs) < RECORD_SEEDS:
@@ -127,15 +150,11 @@ def check_together(runs: Sequence[SeedRun], record: bool) -> None:
     for run, seed in zip(runs, seeds):
         if seeds.count(seed) > 1:
             raise SubmissionError(f"{run.path}: seed {seed} is given more than once")
-    first = runs[0].config
-    for run in runs[1:]:
-        names = sorted(set(first) | set(run.config))
-        odd = [n for n in names if n not in OF_THE_SEED and first.get(n) != run.config.get(n)]
-        if odd:
-            name = odd[0]
-            raise SubmissionError(
-                f"{run.path}: {name.upper()}={run.config.get(name)!r}, but {runs[0].path} has {first.get(name)!r}"
-            )
+    first, *others = runs
+    for run in others:
+        check_alike(run, first, lambda each: {name.upper(): value for name, value in each.config.items()})
+        check_alike(run, first, lambda each: each.environment)
+        check_alike(run, first, lambda each: dict(zip(("code bytes",), each.last("code_bytes", "bytes"))))
         if run.partial != runs[0].partial:
             raise SubmissionError(f"{run.path} and {runs[0].path} do not score the same part of the validation split")
 
@@ -221,8 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("submission.json"))
     args = parser.parse_args(argv)
     try:
-        if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", args.date):
-            raise SubmissionError(f"--date {args.date!r} is no date like 2026-01-31")
+        try:
+            datetime.datetime.strptime(args.date, "%Y-%m-%d")
+        except ValueError:
+            raise SubmissionError(f"--date {args.date!r} is no date like 2026-01-31") from None
         text = json.dumps(submission(args), indent=2, ensure_ascii=False) + "\n"
         args.out.write_text(text, encoding="utf-8")
     except SubmissionError as error:

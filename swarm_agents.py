@@ -92,11 +92,10 @@ class QATTimingAgent(Agent):
     name, parameter = "qat_agent", "qat"
 
     def propose(self, metrics: TrainingMetrics) -> Wish | None:
-        progress, lr_scale = metrics.progress, metrics.current_lr_scale
-        if metrics.qat_available and progress > 0.40 and lr_scale < 0.15:
+        progress, lr_scale, allowed = metrics.progress, metrics.current_lr_scale, metrics.qat_available
+        if allowed and progress > 0.40 and lr_scale < 0.15:
             return 1.0, 0.90, f"progress={progress:.2f}, lr_scale={lr_scale:.4f}, warmdown region"
-        due = metrics.qat_available and progress > QAT_DEADLINE
-        return (1.0, 0.95, f"progress={progress:.2f}, QAT deadline") if due else None
+        return (1.0, 0.95, f"progress={progress:.2f}, QAT deadline") if allowed and progress > QAT_DEADLINE else None
 
     def vote(self, motion: Motion) -> Vote:
         proposal, _, qat_is_fresh = motion

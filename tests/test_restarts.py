@@ -14,6 +14,8 @@ import pytest
 from support import SCRIPT, Run, free_port, read_events, tiny_environ
 from test_resume import numbers, results
 
+import train_gpt
+
 # A rank's process runs the script after a patch: what a fault would do is done at a known place.
 PATCHED = """
 import os, signal, sys, time
@@ -97,6 +99,25 @@ def test_a_rank_that_fails_ends_the_job_with_one_error(tiny_data, tmp_path, patc
     assert [text for text in stderr.splitlines() if "error: " in text and "torch" not in text] == [line]
     assert ("ZeroDivisionError" in stderr) == traceback
     assert len(re.findall('train_gpt.py", line', stderr)) < (9 if traceback else 1)
+
+
+def test_a_shard_that_one_rank_cannot_read_costs_no_step(tiny_data, tmp_path):
+    """Rank 1 alone fails to read ahead; both ranks save the state of that step before the job ends."""
+    patch = """
+read = train_gpt.TokenLoader._read
+def torn(loader, step):
+    if (rank, step) == (1, 6):
+        raise train_gpt.DataError("a shard is gone")
+    return read(loader, step)
+train_gpt.TokenLoader._read = torn
+"""
+    process = start(tiny_environ(tiny_data, tmp_path), patch, tmp_path, nproc=2)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "error: rank 1: a shard is gone" in stderr.splitlines()
+    (saved,) = (tmp_path / "checkpoints").glob("*_step*")
+    assert saved.name == "000001_step6.safetensors"
+    assert train_gpt.unpack_state(saved.read_bytes(), saved)[1]["step"] == 6
 
 
 def wait_for(process: subprocess.Popen, path: Path, text: str) -> None:

@@ -265,3 +265,4 @@ def test_results_name_their_commit_and_no_folder_of_that_machine(path):
     text = path.read_text(encoding="utf-8")
     assert not re.findall(r'"(?:/|~|[A-Z]:)[^"]*/[^"]*"', text)
     assert re.fullmatch(r"[0-9a-f]{7,}", json.loads(text)["commit"])
+    assert '"kept": false' not in text  # no limit is missed

@@ -2,10 +2,12 @@
 
 import json
 import runpy
+import statistics
 import sys
 
 import pytest
 import torch
+from golden_support import golden_tensor
 from support import REPO
 
 import train_gpt
@@ -48,6 +50,15 @@ def test_branches_share_their_beginning_and_differ_in_their_end(result):
         assert gptq["divergence"] < lite["divergence"]
 
 
+def test_soft_rounding_is_the_recorded_one():
+    quantization = runpy.run_path(str(REPO / "bench" / "quantization.py"))
+    weight = golden_tensor("quant", "in/W1")
+    scale = (torch.quantile(weight.abs(), 0.9995, dim=-1, keepdim=True) / 15).clamp_min(1 / 15)
+    soft = quantization["soft_round"]((weight / scale).clamp(-15, 15), 8.0) * scale
+    torch.testing.assert_close(soft, golden_tensor("quant", "fq/700_softround_int5_alpha8/w_eff"), rtol=0, atol=1e-5)
+    assert (soft - weight).abs().max() > 0.01
+
+
 def test_soft_rounding_becomes_the_grid_of_the_artifact():
     """Between the identity and rounding, with the gradient of what it computes; on a level it stays there."""
     quantization = runpy.run_path(str(REPO / "bench" / "quantization.py"))
@@ -62,3 +73,30 @@ def test_soft_rounding_becomes_the_grid_of_the_artifact():
     assert errors[-1] < 1e-3 * errors[0]
     x = torch.linspace(-3.2, 3.3, 40, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: quantization["soft_round"](x, 3.0), x)
+
+
+def test_committed_figures_keep_the_limits_and_stand_in_readme():
+    """At most 0.004 bpb by GPTQ and 0.008 by plain rounding; README's table shows these figures."""
+    found = json.loads((REPO / "bench" / "results" / "cpu-quantization.json").read_text())
+    rows = {(row["qat"], row["soft_rounding"], row["quantizer"], row["bits"]): row for row in found["rows"][::-1]}
+    assert all(row["tax"] <= {"gptq": 0.004, "lite": 0.008}[row["quantizer"]] for row in found["rows"])
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    straight = [row for row in found["rows"] if row["qat"] and not row["soft_rounding"]]
+    trained = [row for row in straight if row["crown_q_lambda"] == 0]
+    for bits in (5, 6, 7, 8):
+        plain = {quantizer: rows[False, False, quantizer, bits] for quantizer in ("lite", "gptq")}
+        taxes = [row["tax"] for row in (*plain.values(), *(row for row in trained if row["bits"] == bits))]
+        figures = [f"{tax:+.4f}" for tax in taxes] + [f"{1000 * row['divergence']:.2f}" for row in plain.values()]
+        assert f"| {bits} | {' | '.join(figures)} | {plain['lite']['artifact_bytes']:,} |" in readme
+    means = [statistics.fmean(row["after"] for row in found["rows"] if row["soft_rounding"]),
+             statistics.fmean(row["after"] for row in trained)]  # fmt: skip
+    assert "its artifacts have {:.4f} bpb in the mean, straight-through QAT's {:.4f}.".format(*means) in readme
+
+
+def test_committed_packing_is_near_the_entropy_and_below_other_compressors():
+    found = json.loads((REPO / "bench" / "results" / "cpu-packing.json").read_text())
+    for levels in (found["artifact"], found["drawn"]):
+        sizes = {row["layout"]: row for row in levels["layouts"]}
+        ours = sizes.pop("ans")["zstd_bytes"]
+        assert ours <= 1.01 * levels["bound_per_tensor"]
+        assert ours <= min(row[name] for row in sizes.values() for name in ("zstd_bytes", "brotli_bytes", "lzma_bytes"))

@@ -274,6 +274,36 @@ def test_fake_quantization_against_the_recorded_training_weights(recorded, bits,
     assert (in_levels < 0.02).float().mean() > 0.995
 
 
+def reference_scale(weight: Tensor, grid: train_gpt.Grid, quantile: float) -> Tensor:
+    """The rule of the earlier submissions: one quantile of each row's sizes, not below 1/qmax, in fp32."""
+    return (torch.quantile(weight.abs(), quantile, dim=-1, keepdim=True) / grid.qmax).clamp_min(1 / grid.qmax)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize(("codec", "bits"), [("1081_int8", 8), ("150_int6", 6)])
+def test_encoding_with_scales_that_are_not_yet_rounded_gives_the_recorded_levels(codec, bits, matrix):
+    """These two rounded weights by the fp32 scale and stored it in fp16 afterwards, which is why ours does not."""
+    weight, grid = golden_tensor("quant", f"in/{matrix}"), train_gpt.Grid(bits)
+    scale, stored = reference_scale(weight, grid, 0.9999984), golden_tensor("quant", f"{codec}/{matrix}/scale")
+    levels = golden_tensor("quant", f"{codec}/{matrix}/q")
+    assert torch.equal(grid.encode(weight, scale), levels)
+    assert torch.equal(scale[:, 0].half(), stored)
+    theirs, ours = (square_error(grid, weight, each).sum() for each in (stored[:, None], search_scale(weight, grid)))
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize(("recorded", "bits"), [("700_ste_int5", 5), ("700_ste_int6", 6)])
+def test_recorded_training_weights_of_a_clip_at_one_quantile(recorded, bits):
+    weight, grid = golden_tensor("quant", "in/W1").requires_grad_(), train_gpt.Grid(bits)
+    with torch.no_grad():
+        scale = reference_scale(weight, grid, 0.9995)
+        decoded = grid.decode(grid.encode(weight, scale), scale)
+    torch.testing.assert_close(decoded, golden_tensor("quant", f"fq/{recorded}/w_eff"), rtol=0, atol=1e-6)
+    faked: Tensor = train_gpt.fake_quantize(weight, bits)  # pyright: ignore[reportAssignmentType]
+    (faked.T * golden_tensor("quant", "fq/upstream")).sum().backward()
+    assert torch.equal(grad_of(weight), golden_tensor("quant", f"fq/{recorded}/w_grad"))
+
+
 # Quantization-aware training ------------------------------------------------------------------------------
 LARGE_TABLES: dict[str, Any] = dict(vocab_size=600, bigram_vocab_size=8192, ve_dim=128)  # stored as 8 bits
 

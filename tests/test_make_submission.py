@@ -168,7 +168,7 @@ def test_damaged_and_missing_logs_are_refused(logs: list[Path], tmp_path: Path, 
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     assert_refused(capsys, make_submission.main, command(logs[:2], out, "--non-record", "--baseline", bad), "bad.json")
-    for date in ("today", "2026-99-99"):
+    for date in ("today", "2026-99-99", "2026-1-3", "20260131"):
         assert_refused(capsys, make_submission.main, [*command(logs[:2], out, "--non-record"), "--date", date], date)
 
 

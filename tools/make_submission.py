@@ -225,6 +225,16 @@ def submission(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def check_date(text: str) -> None:
+    """Raise SubmissionError for anything but YYYY-MM-DD."""
+    try:
+        shown = datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        shown = ""
+    if shown != text:
+        raise SubmissionError(f"--date {text!r} is no date like 2026-01-31")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="logs/RUN_ID.jsonl of each seed")
@@ -240,10 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("submission.json"))
     args = parser.parse_args(argv)
     try:
-        try:
-            datetime.datetime.strptime(args.date, "%Y-%m-%d")
-        except ValueError:
-            raise SubmissionError(f"--date {args.date!r} is no date like 2026-01-31") from None
+        check_date(args.date)
         text = json.dumps(submission(args), indent=2, ensure_ascii=False) + "\n"
         args.out.write_text(text, encoding="utf-8")
     except SubmissionError as error:

@@ -678,16 +678,16 @@ class RunLog:
         for file in (sys.stdout, self.text_file):
             self._write(file, text + "\n")
 
-    def _write(self, file: TextIO, text: str) -> None:
+    def _write(self, stream: TextIO, text: str) -> None:
         """A log that cannot be written, console included, must not cost the run: say so once and go on."""
-        encoding = file.encoding or "utf-8"  # a path may hold what the console cannot show, or bytes that are no text
+        encoding = stream.encoding or "utf-8"  # a path may hold what the console cannot show, or bytes that are no text
         try:
-            file.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            file.flush()
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.flush()
         except OSError as error:
-            if file.name not in self.failed:
-                sys.stderr.write(f"warning: cannot write the log {file.name}: {error.strerror}; the run goes on\n")
-            self.failed.add(file.name)
+            if stream.name not in self.failed:
+                sys.stderr.write(f"warning: cannot write the log {stream.name}: {error.strerror}; the run goes on\n")
+            self.failed.add(stream.name)
 
     def row(self, event: str, note: str = "", text: str = "", **fields: Any) -> None:
         """One event: `event key:value … note` (or `text`) for people, the same numbers as JSON for machines.

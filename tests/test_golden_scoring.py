@@ -2,6 +2,7 @@
 
 import math
 
+import golden_backoff
 import numpy as np
 import pytest
 import torch
@@ -10,13 +11,14 @@ from golden_support import golden_arrays, golden_config, golden_json, golden_mod
 import train_gpt
 
 
-def golden_validation() -> train_gpt.ValidationSet:
-    """The reference stream with its byte counts, without files."""
+def golden_validation(stream: np.ndarray | None = None) -> train_gpt.ValidationSet:
+    """The reference stream, or another, with its byte counts, without files."""
     arrays = golden_arrays("sliding")
-    tokens = arrays["tokens"].astype(np.int64)
+    stream = arrays["tokens"] if stream is None else stream
+    tokens = stream.astype(np.int64)
     spaces = arrays["has_leading_space"][tokens[1:]] & ~arrays["is_boundary"][tokens[:-1]]
     validation = object.__new__(train_gpt.ValidationSet)
-    validation.tokens, validation.partial = arrays["tokens"], False
+    validation.tokens, validation.partial = stream, False
     validation.bytes = arrays["base_bytes"][tokens[1:]] + spaces.astype(np.int16)
     return validation
 
@@ -47,6 +49,23 @@ def test_stream_scores_equal_one_window_at_a_time(model):
         np.testing.assert_allclose(scores.logp[scored], expected, rtol=0, atol=1e-5)
     assert ends[-1] == 3000
     assert np.all((scores.entropy > 0) & (scores.entropy <= math.log(1024) + 1e-5))
+
+
+@pytest.mark.parametrize("buckets", [0, 4096, 4194304])
+def test_the_published_evaluation_as_a_whole(model, buckets: int):
+    """Windows and hashed mixer of PR 1094, whose loop scores 80 targets of the tail again and counts them twice."""
+    tokens = golden_backoff.text(9001, 77)
+    validation = golden_validation(tokens.astype(np.uint16))
+    scores = score(model, validation, 16)
+    logp = scores.logp.astype(np.float64)
+    if buckets:
+        mixer = train_gpt.PublishedBackoffMixer(1024, buckets=buckets, block=32 * 16, min_tokens=5000)
+        logp = train_gpt.mix_scores(mixer, tokens, scores.logp, scores.entropy, block=32 * 16)
+    recorded = golden_json("sliding_1094")["sliding_1094/" + (f"buckets{buckets}" if buckets else "no_mixer")]
+    tolerance = 4e-3 if buckets else 5e-4
+    assert -logp.mean() == pytest.approx(recorded["val_loss"], rel=tolerance)
+    bpb = -logp.sum() / math.log(2) / validation.bytes.sum()
+    assert bpb == pytest.approx(recorded["val_bpb"], rel=tolerance)
 
 
 def fineweb_tokenizer() -> train_gpt.Tokenizer:

@@ -2360,9 +2360,10 @@ def factorize(moments: Tensor) -> HessianFactor:
     upper, damping = identity.clone(), torch.full_like(mean, math.inf)
     for share in DAMPING:
         damped = ordered + (share * mean)[:, None, None] * identity
-        lower = torch.linalg.cholesky_ex(damped.flip(-2, -1)).L
+        lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
         found = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
-        fits = damping.isinf() & found.isfinite().all(-1).all(-1) & (found.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        sound = found.isfinite().all(-1).all(-1) & (found.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        fits = damping.isinf() & (info == 0) & sound
         upper[fits], damping[fits] = found[fits], share
     return HessianFactor(order, upper, damping)
 

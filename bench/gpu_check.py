@@ -1,6 +1,6 @@
 """Is the model right on this GPU, and how fast is it? One command of under ten minutes on one Hopper GPU.
 
-    python bench/gpu_check.py [--budget-s 570] [--only NAME …] [--out FILE]
+    python bench/gpu_check.py [--budget-s 480] [--only NAME …] [--out FILE]
     python bench/gpu_check.py --device cpu --quick        # its plumbing, on a CPU
 
 Correctness first, at full size: logits in fp32 against the recorded vectors and against the CPU, bf16 against fp32,
@@ -423,7 +423,7 @@ def bench_config(args: argparse.Namespace, folder: Path) -> train_gpt.Config:
 
 def main() -> int:
     parser = common.arguments(__doc__)
-    parser.add_argument("--budget-s", type=float, default=570.0, help="what would begin later is skipped (default 570)")
+    parser.add_argument("--budget-s", type=float, default=480.0, help="what would begin later is skipped (default 480)")
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), metavar="NAME", help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--out", type=Path, help="write the last line to this file as well")
     args = parser.parse_args()

@@ -142,6 +142,19 @@ def test_rounding_is_that_of_the_definition(width, bits):
     torch.testing.assert_close(error.double(), rows, rtol=1e-3, atol=1e-9)
 
 
+def test_a_factor_that_the_library_calls_failed_is_not_taken(monkeypatch):
+    """Even where what it leaves behind is finite and has a positive diagonal."""
+    factor = torch.linalg.cholesky_ex
+
+    def failing(matrices):
+        return factor(matrices).L, torch.tensor([0, 7], dtype=torch.int32)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    found = train_gpt.factorize(correlated(2, 16))
+    assert found.damping.tolist() == [pytest.approx(train_gpt.DAMPING[0]), math.inf]
+    assert torch.equal(found.upper[1], torch.eye(16))
+
+
 @pytest.mark.parametrize(("bits", "recorded"), [(5, "15"), (6, "31")])
 def test_proxy_error_on_the_reference_matrix(bits, recorded):
     """The earlier submission took the raw inverse and ascending order: 2.34. The textbook way reaches 1.47."""

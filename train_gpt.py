@@ -15,12 +15,14 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import importlib
 import itertools
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -295,7 +297,7 @@ class Config:
     def portable(self) -> Config:
         """The config that goes into an artifact: no MTP heads, and nothing of the machine and the process."""
         defaults = Config()
-        names = ("data_path", "tokenizer_path", "kg_path", "out_dir", "run_id", "artifact", *RESTART_FIELDS)
+        names = (*PATH_FIELDS, "run_id", *RESTART_FIELDS)
         return dataclasses.replace(self, mtp_num_heads=0, **{name: getattr(defaults, name) for name in names})
 
     @property
@@ -331,13 +333,13 @@ class Config:
         return Path(self.artifact) if self.artifact else Path(self.out_dir) / "final_model.int6.ptz"
 
 
+PATH_FIELDS = ("data_path", "tokenizer_path", "kg_path", "out_dir", "artifact")
 RESTART_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume")
 # A resumed run may differ in fields that begin like this: they do not change what training computes.
 NOT_TRAINING = (
-    *RESTART_FIELDS, "run_id", "out_dir", "data_path", "tokenizer_path", "kg_path", "artifact", "device", "attention",
-    "compile", "warmup_steps", "micro_batch_tokens", "train_log_every", "val_", "eval_", "ttt_", "polyak_decay",
-    "mixer", "ngram_", "alpha_", "entropy_expert", "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes",
-    "compressor",
+    *RESTART_FIELDS, *PATH_FIELDS, "run_id", "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
+    "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
+    "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -500,7 +502,8 @@ class Runtime:
             try:
                 self._join()
             except (RuntimeError, OSError, ValueError) as error:  # gone before this one was there, or an odd address
-                raise UserError(f"cannot join the other ranks: {error}") from error
+                advice = "of several network interfaces, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one"
+                raise UserError(f"cannot join the other ranks: {error}; {advice}") from error
         self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]
         return self
 
@@ -512,7 +515,9 @@ class Runtime:
         place: dict[str, Any] = dict(store=store, rank=self.rank, world_size=self.world_size)
         dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
         # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
-        self.control_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+        self.control_group = dist.group.WORLD
+        if backend == "nccl":
+            self.control_group = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         for number, handler in zip(self.SIGNALS, self.former_handlers):
@@ -524,7 +529,8 @@ class Runtime:
         elif self.world_size > 1 and not isinstance(error, (UserError, Stopped)):
             # Ranks that wait for this one go on only when its process is gone, so it does not wait for them.
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                sys.stderr.write(f"rank {self.rank} stops: another rank has ended\n")
+                cause = "" if "gloo" in str(error) else f", or: {' '.join(str(error).split())[:600]}"
+                sys.stderr.write(f"rank {self.rank} stops: another rank has ended{cause}\n")
             else:
                 traceback.print_exception(kind, error, trace)
                 sys.stderr.write(f"error: rank {self.rank}: {type(error).__name__}: {error}\n")
@@ -590,6 +596,13 @@ class Runtime:
         carrier = torch.frombuffer(bytearray(content or size), dtype=torch.uint8)
         dist.broadcast(carrier, src=0, group=self.control_group)
         return carrier.numpy().tobytes()
+
+    def require_same(self, what: str, *parts: Any) -> None:
+        """Raises ConfigError, on every rank, unless `digest_of` the parts is the same on all: nodes may differ."""
+        number = int(digest_of(*parts)[:12], 16) if self.world_size > 1 else 0
+        _, largest, smallest = self.agree(0.0, number, -number)
+        if largest != -smallest:
+            raise ConfigError(f"the ranks have different {what}; give every node the same variables, data and code")
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of range(count)."""
@@ -747,14 +760,16 @@ def code_bytes() -> int:
     return sum(path.stat().st_size for path in code_paths())
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen in part, nor lost once it is there. Raises OSError."""
+def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Write a file that is never seen in part, nor lost once it is there, or let `content` do it. Raises OSError."""
     temporary = path.with_name(path.name.partition("_step")[0] + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            content(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -771,11 +786,23 @@ BLANK_DIGEST = "0" * 64
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what reading odd JSON and odd tensors can raise
 
 
-def pack_state(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
-    """safetensors with one metadata entry; in it the SHA-256 of the whole, taken with zeros in its place."""
-    fields = json.dumps({"sha256": BLANK_DIGEST, **meta})
-    content: bytes = require("safetensors.torch", "a checkpoint").save(dict(tensors), {"train_gpt": fields})
-    return content.replace(BLANK_DIGEST.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+def write_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """safetensors with one metadata entry; in it the SHA-256 of the whole, taken with zeros in its place.
+
+    All that takes long here lets other threads run. Raises OSError.
+    """
+    library = require("safetensors.torch", "a checkpoint")
+    for left in path.parent.glob(".tmp*"):  # the library's own, where a run was killed while it wrote
+        left.unlink()
+    try:
+        library.save_file(dict(tensors), path, {"train_gpt": json.dumps({"sha256": BLANK_DIGEST, **meta})})
+    except importlib.import_module("safetensors").SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+    with open(path, "rb+") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            place, digest = content.find(BLANK_DIGEST.encode()), hashlib.sha256(content).hexdigest()
+        file.seek(place)
+        file.write(digest.encode())
 
 
 def unpack_state(content: bytes, source: object) -> State:
@@ -881,11 +908,10 @@ class Checkpoints:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         began = time.perf_counter()
-        content = pack_state(tensors, meta)
-        write_whole(path, content)
+        write_whole(path, lambda temporary: write_state(temporary, tensors, meta))
         for _, old in self.numbered()[: -self.config.checkpoint_keep]:
             old.unlink()
-        self.cost |= dict(bytes=len(content), write_s=time.perf_counter() - began)
+        self.cost |= dict(bytes=path.stat().st_size, write_s=time.perf_counter() - began)
 
     def finish(self) -> None:
         """Wait for what is being written, and log what it cost."""
@@ -1067,7 +1093,9 @@ class TokenLoader:
         self.stream, self.runtime, self.seq_len = stream, runtime, config.train_seq_len
         self.plan = BatchPlan.of(config, runtime.world_size)
         self.batch_tokens = config.train_batch_tokens
-        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        on_cuda = runtime.device.type == "cuda"  # where a thread pins memory by the device it is set to
+        place: dict[str, Any] = dict(initializer=torch.cuda.set_device, initargs=(runtime.device,)) if on_cuda else {}
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", **place)
         self.ahead: tuple[int, Future[Tensor]] | None = None
 
     def _read(self, step: int) -> Tensor:
@@ -2235,10 +2263,13 @@ class Trainer:
                 self.clock.start()
             calm = self.health.skipped_in_a_row == self.health.lost_steps == 0
             timely = 0 < config.checkpoint_seconds <= self.elapsed_s - self.saved_at_s
-            if signalled or failing or (calm and timely):  # the step below raises where the batch is missing
+            if signalled or failing or (calm and timely):
                 self.save()
             if signalled and self.checkpoints is not None:
                 self.checkpoints.stop(signalled, step=self.step)
+            if failing:
+                self.loader.batch(self.step)  # raises where the batch is missing
+                self.runtime.agree(0.0)  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
             self.one_step()
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
@@ -2697,14 +2728,24 @@ def save_artifact(
     return len(packed)
 
 
-def load_artifact(path: str | Path, attend: Attention = sdpa_attention) -> tuple[GPT, Config, dict[str, Any]]:
-    """(model on CPU, its config, metadata) from the file alone; nothing is unpickled. Raises ArtifactError."""
-    safetensors = require("safetensors.numpy", "reading the artifact")
-    advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
+def read_artifact(path: str | Path) -> bytes:
+    """Raises ArtifactError."""
     try:
-        packed = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
+
+
+def load_artifact(
+    path: str | Path, attend: Attention = sdpa_attention, content: bytes | None = None
+) -> tuple[GPT, Config, dict[str, Any]]:
+    """(model on CPU, its config, metadata) from the file alone, or from its `content`; nothing is unpickled.
+
+    Raises ArtifactError.
+    """
+    safetensors = require("safetensors.numpy", "reading the artifact")
+    advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
+    packed = read_artifact(path) if content is None else content
     stream = packed[: -len(seal(b""))]
     if seal(stream) != packed:
         raise ArtifactError(f"{path} does not end in its own SHA-256: {advice}")
@@ -3686,6 +3727,7 @@ def train_artifact(
         importance = importance.to(runtime.device)
     graph = "" if importance is None else digest_of(importance.cpu().numpy())
     identity = {"tokenizer": tokenizer.digest, "knowledge_graph": graph, "train_shards": stream.identity}
+    runtime.require_same("training shards (DATA_PATH) or knowledge graphs (KG_PATH)", json.dumps(identity))
     trainer = Trainer(config, runtime, log, model, loader, validation, importance, checkpoints, identity)
     state = checkpoints.find(checkpoints.training())
     if config.resume and state is None:
@@ -3730,8 +3772,12 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     backend, attend = choose_attention(config.attention, runtime.device)
     log.row("environment", **runtime.describe(), attention=backend)
     log.row("config", **dataclasses.asdict(config))
+    elsewhere = dict.fromkeys((*PATH_FIELDS, "run_id", "resume"), "")  # may lie at another place on another node
+    runtime.require_same("settings or code", dataclasses.replace(config, **elsewhere).to_json(), *code_paths())
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)
+    text = validation.tokens, validation.bytes, tokenizer.digest
+    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", *text)
     total_bytes = int(validation.bytes.sum(dtype=np.int64))
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total_bytes)
     adaptive = config.ttt_enabled or config.mixer != "none"
@@ -3740,13 +3786,14 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
             require(package, "writing the artifact")  # said now, not after the training
         train_artifact(config, runtime, log, tokenizer, validation, checkpoints)
-    model, _, metadata = load_artifact(config.artifact_path, attend)
+    content = runtime.bytes_from_main(read_artifact(config.artifact_path) if runtime.is_main else b"")  # of its disk
+    model, _, metadata = load_artifact(config.artifact_path, attend, content)
     if metadata["tokenizer"] != tokenizer.digest:
         raise ArtifactError(f"{config.artifact_path} needs another tokenizer than {config.tokenizer_path}")
     if metadata["code"] != code_digest():
         log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
     settings = f"{config.portable().to_json()} {runtime.world_size}"
-    identity = digest_of(config.artifact_path, validation.tokens, validation.bytes, settings, *code_paths())
+    identity = digest_of(content, *text, settings, *code_paths())
     progress = Progress(checkpoints, identity)
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, progress)
     checkpoints.forget_evaluation()

@@ -3,7 +3,8 @@
     python bench/checkpoint.py [--device cpu|cuda] [--threads 1] [--repeats 4] [--quick]
 
 The record's model with its optimizers' state, saved to a temporary folder. `stall` is what training waits for its
-copies; writing goes on beside it. A table for people, one JSON line last.
+copies; writing goes on beside it, and `pause` is the longest that it keeps the training thread from the interpreter
+meanwhile. A table for people, one JSON line last.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from bench import common, train_step
+
+
+def longest_pause_s(checkpoints: train_gpt.Checkpoints) -> float:
+    """The longest wait of this thread, which asks for nothing, while the other one writes."""
+    assert checkpoints.pending is not None
+    longest, before = 0.0, time.perf_counter()
+    while not checkpoints.pending.done():
+        time.sleep(0.0005)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    return longest
 
 
 def main() -> None:
@@ -35,20 +47,24 @@ def main() -> None:
         rows = []
         for _ in range(args.repeats + 1):
             trainer.save()
+            pause_ms = 1000 * longest_pause_s(checkpoints)
             checkpoints.finish()
             began = time.perf_counter()
             _, path = checkpoints.numbered()[-1]
             checkpoints.read(path)
             cost = checkpoints.cost
             read_s = time.perf_counter() - began
-            rows.append(dict(stall_ms=cost["stall_ms"], write_s=cost["write_s"], read_s=read_s, bytes=cost["bytes"]))
+            kept = {name: cost[name] for name in ("stall_ms", "write_s", "bytes")}
+            rows.append(kept | dict(pause_ms=pause_ms, read_s=read_s))
         train_step.close(trainer)
     rows = rows[1:]  # the first one meets cold caches
-    stall, write, read = (common.spread([row[name] for row in rows]) for name in ("stall_ms", "write_s", "read_s"))
+    names = ("stall_ms", "write_s", "pause_ms", "read_s")
+    stall, write, pause, read = (common.spread([row[name] for row in rows]) for name in names)
     name = f"checkpoint of {rows[0]['bytes'] / 1e6:.0f} MB"
     headlines = [
         common.Headline(f"{name}: training waits", stall["median"], "ms"),
         common.Headline(f"{name}: written beside training", write["median"], "s"),
+        common.Headline(f"{name}: longest pause of training meanwhile", pause["median"], "ms"),
         common.Headline(f"{name}: read and verified", read["median"], "s"),
     ]
     common.report("checkpoint", headlines, runtime.device, args.threads, saves=rows)

@@ -324,9 +324,14 @@ def forged_checkpoint(source: random.Random, content: bytes) -> bytes:
     """A sound checksum over content that is not what a run would write."""
     tensors, meta = train_gpt.unpack_state(content, "")
     if source.random() < 0.5:
-        return train_gpt.pack_state(forge_tensors(source, tensors), meta)
-    forged = forge(source, meta)
-    return train_gpt.pack_state(tensors, forged if isinstance(forged, dict) else {"step": forged})
+        tensors = forge_tensors(source, tensors)
+    else:
+        forged = forge(source, meta)
+        meta = forged if isinstance(forged, dict) else {"step": forged}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "forged"
+        train_gpt.write_state(path, tensors, meta)
+        return path.read_bytes()
 
 
 class Bed(NamedTuple):

@@ -8,8 +8,10 @@ import random
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +108,21 @@ def run_script(
     return subprocess.run(
         command, env=environ, cwd=cwd, capture_output=True, encoding="utf-8", timeout=timeout_s, check=False
     )
+
+
+def run_two_nodes(environs: Sequence[dict[str, str]], timeout_s: float = 120) -> list[subprocess.CompletedProcess[str]]:
+    """One rank on each of two nodes that share no disk: two torchruns on this machine that meet at a port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", str(SCRIPT)]
+    pipe, deadline = subprocess.PIPE, time.monotonic() + timeout_s
+    nodes = [subprocess.Popen(command, env=e, stdout=pipe, stderr=pipe, encoding="utf-8") for e in environs]
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        try:
+            said = list(pool.map(lambda node: node.communicate(timeout=deadline - time.monotonic()), nodes))
+        finally:
+            for node in nodes:
+                node.kill()
+    return [subprocess.CompletedProcess(command, node.returncode, *texts) for node, texts in zip(nodes, said)]
 
 
 class Run(NamedTuple):

@@ -249,7 +249,7 @@ def test_odd_progress_with_a_sound_checksum_is_refused(tiny_run, tiny_data, run_
     path = tmp_path / "checkpoints" / "evaluation.safetensors"
     tensors, meta = train_gpt.unpack_state(path.read_bytes(), path)
     for name in ("logp", "sampled", "trained/0"):
-        path.write_bytes(train_gpt.pack_state({key: value for key, value in tensors.items() if key != name}, meta))
+        train_gpt.write_state(path, {key: value for key, value in tensors.items() if key != name}, meta)
         outcome = run_main(environ)
         assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
         assert "evaluation.safetensors" in outcome.stderr

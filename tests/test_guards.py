@@ -210,7 +210,7 @@ def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(
     environ = tiny_environ(tiny_data, tmp_path, TTT_ENABLED=0, RESUME="auto")
     write_whole = train_gpt.write_whole
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: Any) -> None:
         if path.suffix == ".ptz":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_whole(path, content)

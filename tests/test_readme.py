@@ -63,7 +63,9 @@ NOT_RUN = {
     "pip install -r requirements.txt": "network",
     "python data/fetch_fineweb.py": "network; tests/test_fetch_fineweb.py runs it against a folder",
     "SEED=1337 torchrun --nproc_per_node=8 train_gpt.py": "eight GPUs",
-    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-endpoint=…": "two nodes",
+    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=FIRST:29500 train_gpt.py": (
+        "two nodes; tests/test_nodes.py has two launchers of one rank each"
+    ),
     "pytest -m gpu": "a GPU",
 }
 # What a run or a reader makes, and what is downloaded: named in README, not in the repository.

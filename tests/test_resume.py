@@ -13,6 +13,7 @@ from typing import Any
 
 import build_kg
 import pytest
+import torch
 from support import TINY_VOCAB, Run, event, read_events, run_script, tiny_environ, train_rows, train_tokenizer
 
 import train_gpt
@@ -178,7 +179,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, run_main, tmp
         if trainer.step == 2:
             passed.set()
 
-    def slow(path: Path, content: bytes) -> None:
+    def slow(path: Path, content: Any) -> None:
         if path.name == "000001_step0.safetensors":
             waited.append(passed.wait(timeout=20))
         write_whole(path, content)
@@ -189,6 +190,20 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, run_main, tmp
     environ = tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9, ITERATIONS=4, TTT_ENABLED=0)
     assert run_main(environ).returncode == 0
     assert waited == [True]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    """The library fills a file of its own making before it takes the name it was given."""
+    (tmp_path / ".tmpabc123").write_bytes(b"half a checkpoint")
+    tensors = {"a": torch.arange(3), "b": torch.zeros(0), "c": torch.tensor(2.5)}
+    tensors |= {"d": torch.ones(2, 2, dtype=torch.uint8)}
+    train_gpt.write_state(tmp_path / "state", tensors, {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    read, meta = train_gpt.unpack_state((tmp_path / "state").read_bytes(), "state")
+    assert meta == {"step": 1}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(OSError, match="I/O error"):
+        train_gpt.write_state(tmp_path / "absent" / "state", tensors, {})
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def test_names_inside_a_checkpoint_lead_nowhere(tiny_data, run_main, tmp_path):
     before = tree(tmp_path)
     tensors["../../../escape"] = torch.zeros(3)
     meta["config"] |= {"out_dir": "../../escape", "run_id": "../../escape", "artifact": "../escape"}
-    path.write_bytes(train_gpt.pack_state(tensors, meta))
+    train_gpt.write_state(path, tensors, meta)
     (folder / "..000009_step9.safetensors").write_bytes(b"not a name that a run gives")
     assert run_main(environ).returncode == 0
     added = {str(each.relative_to(tmp_path / "deep" / "out")) for each in tree(tmp_path) - before}

@@ -6,13 +6,17 @@ Each limit is about a third of the ratio seen on an idle core; best of several a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from golden_support import make_runtime, make_trainer, randomize, tiny_config
 
@@ -172,6 +176,27 @@ def test_the_counter_sees_every_way_to_read_a_value(read):
     with HostReads() as reads:
         read(x)
     assert reads.count >= 1
+
+
+def longest_pause_s(action: Callable[[], object]) -> float:
+    """The longest that this thread waits for the interpreter while another one works."""
+    thread, longest = threading.Thread(target=action), 0.0
+    thread.start()
+    before = time.perf_counter()
+    while thread.is_alive():
+        time.sleep(0.0005)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    return longest
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path):
+    """The library's `save` would hold every other thread up for as long as it takes."""
+    tensors = {str(index): torch.randn(4_000_000) for index in range(8)}
+    ours = functools.partial(train_gpt.write_state, tmp_path / "state", tensors, {})
+    theirs = functools.partial(safetensors.torch.save, tensors)
+    pauses, reference = (min(longest_pause_s(action) for _ in range(3)) for action in (ours, theirs))
+    assert pauses < reference / 2
 
 
 def test_the_profiler_finds_every_kind_of_kernel():

@@ -1,0 +1,105 @@
+"""Two nodes without a common disk: two torchruns that meet at a port, each with folders of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from golden_support import make_config
+from support import Run, event, free_port, read_events, run_two_nodes, tiny_environ, train_rows, write_shard
+
+import train_gpt
+
+
+def node_environs(tiny_data: Path, folder: Path, **overrides: object) -> list[dict[str, str]]:
+    """The tiny settings on two nodes, each with a copy of the data under its own path."""
+    environs = []
+    for node in ("first", "second"):
+        shutil.copytree(tiny_data, folder / node / "data")
+        environs.append(tiny_environ(folder / node / "data", folder / node / "out", **overrides))
+    return environs
+
+
+def test_two_nodes_follow_one_node_and_score_the_artifact_of_the_first(tiny_run: Run, tiny_data: Path, tmp_path: Path):
+    environs = node_environs(tiny_data, tmp_path, VAL_LOSS_EVERY=10)
+    nodes = run_two_nodes(environs)
+    assert [node.returncode for node in nodes] == [0, 0], nodes[0].stderr + nodes[1].stderr
+    rows = read_events(tmp_path / "first" / "out" / "logs" / "run.jsonl")
+    assert event(rows, "environment")["world_size"] == 2
+    losses, expected = ([row["train_loss"] for row in train_rows(r)] for r in (rows, tiny_run.events))
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    last = "final_int8_zlib_roundtrip_exact"
+    assert event(rows, last)["val_bpb"] == pytest.approx(event(tiny_run.events, last)["val_bpb"], rel=1e-3)
+    assert not (tmp_path / "second" / "out" / "final_model.int6.ptz").exists()
+
+
+def other_seed(environ: dict[str, str]) -> None:
+    environ["SEED"] = "2"
+
+
+def longer_run(environ: dict[str, str]) -> None:
+    environ["ITERATIONS"] = "21"
+
+
+def shorter_validation(environ: dict[str, str]) -> None:
+    path = max(Path(environ["DATA_PATH"]).glob("*_val_*.bin"))
+    write_shard(path, train_gpt.read_shard(path)[:-9].copy())
+
+
+def other_training_text(environ: dict[str, str]) -> None:
+    path = min(Path(environ["DATA_PATH"]).glob("*_train_*.bin"))
+    write_shard(path, train_gpt.read_shard(path)[::-1].copy())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_seed, "settings or code"),
+        (longer_run, "settings or code"),
+        (shorter_validation, "validation shards (DATA_PATH)"),
+        (other_training_text, "training shards (DATA_PATH)"),
+    ],
+)
+def test_nodes_that_differ_end_before_the_first_step(tiny_data: Path, tmp_path: Path, change, named: str):
+    environs = node_environs(tiny_data, tmp_path)
+    change(environs[1])
+    nodes = run_two_nodes(environs, timeout_s=60)
+    assert all(node.returncode != 0 for node in nodes)
+    (error,) = {line.partition(": ")[2] for line in nodes[0].stderr.splitlines() if line.startswith("error: ")}
+    assert error.startswith(f"rank 0: the ranks have different {named}")
+    assert "step:1/" not in nodes[0].stdout
+    assert all('train_gpt.py", line' not in node.stderr for node in nodes)
+
+
+def test_the_cause_of_a_broken_connection_is_told(monkeypatch, capfd):
+    """What NCCL says of itself and what another rank's end looks like are the same kind of exception."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    told = []
+    nccl = dist.DistBackendError("NCCL error in: x.cpp:1,\nunhandled cuda error")
+    for error in (nccl, RuntimeError("[gloo] closed")):
+        runtime = train_gpt.Runtime(make_config(), {})
+        runtime.rank, runtime.world_size = 1, 2
+        runtime.__exit__(type(error), error, None)
+        told.append(capfd.readouterr().err)
+    assert told == [
+        "rank 1 stops: another rank has ended, or: NCCL error in: x.cpp:1, unhandled cuda error\n",
+        "rank 1 stops: another rank has ended\n",
+    ]
+    assert codes == [1, 1]
+
+
+def test_ranks_that_cannot_join_are_told_of_network_interfaces(tiny_data: Path, tmp_path: Path, run_main, monkeypatch):
+    def refused(_: train_gpt.Runtime) -> None:
+        raise OSError("refused")
+
+    monkeypatch.setattr(train_gpt.Runtime, "_join", refused)
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, RANK=0, WORLD_SIZE=2, MASTER_PORT=free_port()))
+    assert outcome.returncode == 2
+    assert "cannot join the other ranks: refused; " in outcome.stderr
+    assert "GLOO_SOCKET_IFNAME" in outcome.stderr

@@ -512,6 +512,10 @@ class Runtime:
         device_id = self.device if backend == "nccl" else None
         # torchrun may keep its store over a restart, with the addresses of processes that are gone.
         store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.TIMEOUT))[0])
+        store.set(f"device{self.rank}", self.device.type)
+        if len({store.get(f"device{rank}") for rank in range(self.world_size)}) > 1:  # waits for all of them
+            advice = "set DEVICE=cuda to learn on which node CUDA fails, or DEVICE=cpu on all"
+            raise ConfigError(f"some ranks have a CUDA device, others none (this one: {self.device.type}); {advice}")
         place: dict[str, Any] = dict(store=store, rank=self.rank, world_size=self.world_size)
         dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
         # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
@@ -2739,10 +2743,7 @@ def read_artifact(path: str | Path) -> bytes:
 def load_artifact(
     path: str | Path, attend: Attention = sdpa_attention, content: bytes | None = None
 ) -> tuple[GPT, Config, dict[str, Any]]:
-    """(model on CPU, its config, metadata) from the file alone, or from its `content`; nothing is unpickled.
-
-    Raises ArtifactError.
-    """
+    """(model on CPU, its config, metadata) of the file or its `content`; unpickles nothing. Raises ArtifactError."""
     safetensors = require("safetensors.numpy", "reading the artifact")
     advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
     packed = read_artifact(path) if content is None else content

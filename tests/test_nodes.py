@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from golden_support import make_config
 from support import Run, event, free_port, read_events, run_two_nodes, tiny_environ, train_rows, write_shard
+from test_restarts import start
 
 import train_gpt
 
@@ -73,6 +74,21 @@ def test_nodes_that_differ_end_before_the_first_step(tiny_data: Path, tmp_path: 
     assert error.startswith(f"rank 0: the ranks have different {named}")
     assert "step:1/" not in nodes[0].stdout
     assert all('train_gpt.py", line' not in node.stderr for node in nodes)
+
+
+def test_ranks_on_different_devices_do_not_wait_for_each_other(tiny_data: Path, tmp_path: Path):
+    """Where CUDA fails on one node, DEVICE=auto would choose backends that never meet."""
+    patch = """
+import torch
+if rank == 1:
+    torch.cuda.set_device = lambda device: None
+    train_gpt.Runtime._pick_device = lambda runtime, choice: torch.device("cuda", 0)
+"""
+    process = start(tiny_environ(tiny_data, tmp_path), patch, tmp_path, nproc=2)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (error,) = [line for line in stderr.splitlines() if line.startswith("error: rank 0: ")]
+    assert "some ranks have a CUDA device, others none (this one: cpu); set DEVICE=cuda" in error
 
 
 def test_the_cause_of_a_broken_connection_is_told(monkeypatch, capfd):

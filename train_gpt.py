@@ -2743,7 +2743,7 @@ def read_artifact(path: str | Path) -> bytes:
 def load_artifact(
     path: str | Path, attend: Attention = sdpa_attention, content: bytes | None = None
 ) -> tuple[GPT, Config, dict[str, Any]]:
-    """(model on CPU, its config, metadata) of the file or its `content`; unpickles nothing. Raises ArtifactError."""
+    """(model on CPU, its config, metadata) of the file, or of its `content`. Raises ArtifactError."""
     safetensors = require("safetensors.numpy", "reading the artifact")
     advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
     packed = read_artifact(path) if content is None else content

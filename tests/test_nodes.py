@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,42 +40,64 @@ def test_two_nodes_follow_one_node_and_score_the_artifact_of_the_first(tiny_run:
     assert not (tmp_path / "second" / "out" / "final_model.int6.ptz").exists()
 
 
-def other_seed(environ: dict[str, str]) -> None:
-    environ["SEED"] = "2"
+def test_nodes_with_other_settings_end_before_the_first_step(tiny_data: Path, tmp_path: Path):
+    environs = node_environs(tiny_data, tmp_path)
+    environs[1]["SEED"] = "2"
+    nodes = run_two_nodes(environs, timeout_s=60)
+    assert all(node.returncode != 0 for node in nodes)
+    (error,) = {line for line in nodes[0].stderr.splitlines() if line.startswith("error: ")}
+    assert error.startswith("error: rank 0: the ranks have different settings or code; ")
+    assert "step:1/" not in nodes[0].stdout
+    assert all('train_gpt.py", line' not in node.stderr for node in nodes)
 
 
-def longer_run(environ: dict[str, str]) -> None:
-    environ["ITERATIONS"] = "21"
+@pytest.fixture
+def compared(run_main, monkeypatch) -> Callable[[dict[str, str]], dict[str, str]]:
+    """What a run has in common with the other ranks, as digests, up to its first step."""
+    digests: dict[str, str] = {}
+
+    def no_training(*_: object) -> None:
+        raise train_gpt.Stopped(0)
+
+    def record(_: train_gpt.Runtime, what: str, *parts: Any) -> None:
+        digests[what.partition(" (")[0]] = train_gpt.digest_of(*parts)
+
+    def run(environ: dict[str, str]) -> dict[str, str]:
+        digests.clear()
+        assert run_main(environ).returncode == 128
+        return dict(digests)
+
+    monkeypatch.setattr(train_gpt.Runtime, "require_same", record)
+    monkeypatch.setattr(train_gpt.Trainer, "train", no_training)
+    return run
 
 
-def shorter_validation(environ: dict[str, str]) -> None:
-    path = max(Path(environ["DATA_PATH"]).glob("*_val_*.bin"))
-    write_shard(path, train_gpt.read_shard(path)[:-9].copy())
+def changed_shard(folder: Path, split: str, tokens: slice) -> None:
+    path = max(folder.glob(f"*_{split}_*.bin"))
+    write_shard(path, train_gpt.read_shard(path)[tokens].copy())
 
 
-def other_training_text(environ: dict[str, str]) -> None:
-    path = min(Path(environ["DATA_PATH"]).glob("*_train_*.bin"))
-    write_shard(path, train_gpt.read_shard(path)[::-1].copy())
+def changed_setting(environ: dict[str, str], name: str, value: str) -> None:
+    environ[name] = value
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "differ"),
     [
-        (other_seed, "settings or code"),
-        (longer_run, "settings or code"),
-        (shorter_validation, "validation shards (DATA_PATH)"),
-        (other_training_text, "training shards (DATA_PATH)"),
+        (lambda _: None, set()),
+        (lambda e: changed_setting(e, "ITERATIONS", "21"), {"settings or code"}),
+        (lambda e: changed_setting(e, "CHECKPOINT_SECONDS", "7"), {"settings or code"}),
+        (lambda e: changed_shard(Path(e["DATA_PATH"]), "val", slice(-9)), {"validation shards"}),
+        (lambda e: changed_shard(Path(e["DATA_PATH"]), "train", slice(None, None, -1)), {"training shards"}),
     ],
+    ids=["other paths alone", "iterations", "checkpoints", "validation", "training"],
 )
-def test_nodes_that_differ_end_before_the_first_step(tiny_data: Path, tmp_path: Path, change, named: str):
-    environs = node_environs(tiny_data, tmp_path)
-    change(environs[1])
-    nodes = run_two_nodes(environs, timeout_s=60)
-    assert all(node.returncode != 0 for node in nodes)
-    (error,) = {line.partition(": ")[2] for line in nodes[0].stderr.splitlines() if line.startswith("error: ")}
-    assert error.startswith(f"rank 0: the ranks have different {named}")
-    assert "step:1/" not in nodes[0].stdout
-    assert all('train_gpt.py", line' not in node.stderr for node in nodes)
+def test_what_ranks_must_have_in_common(tiny_data: Path, tmp_path: Path, compared, change, differ: set[str]):
+    first, second = node_environs(tiny_data, tmp_path)
+    change(second)
+    ours, theirs = compared(first), compared(second)
+    assert ours.keys() == theirs.keys() == {"settings or code", "validation shards", "training shards"}
+    assert {what for what in ours if ours[what] != theirs[what]} == differ
 
 
 def test_ranks_on_different_devices_do_not_wait_for_each_other(tiny_data: Path, tmp_path: Path):

@@ -294,11 +294,14 @@ class Config:
             _expect(ok, self, name, allowed)
         return self
 
+    def without(self, *names: str) -> Config:
+        """The same with the defaults of the named fields."""
+        defaults = Config()
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in names})
+
     def portable(self) -> Config:
         """The config that goes into an artifact: no MTP heads, and nothing of the machine and the process."""
-        defaults = Config()
-        names = (*PATH_FIELDS, "run_id", *RESTART_FIELDS)
-        return dataclasses.replace(self, mtp_num_heads=0, **{name: getattr(defaults, name) for name in names})
+        return dataclasses.replace(self.without(*PATH_FIELDS, "run_id", *RESTART_FIELDS), mtp_num_heads=0)
 
     @property
     def head_dim(self) -> int:
@@ -519,9 +522,7 @@ class Runtime:
         place: dict[str, Any] = dict(store=store, rank=self.rank, world_size=self.world_size)
         dist.init_process_group(backend, **place, device_id=device_id, timeout=self.TIMEOUT)
         # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
-        self.control_group = dist.group.WORLD
-        if backend == "nccl":
-            self.control_group = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
+        self.control_group = dist.group.WORLD if backend == "gloo" else dist.new_group(None, self.TIMEOUT, "gloo")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         for number, handler in zip(self.SIGNALS, self.former_handlers):
@@ -601,9 +602,9 @@ class Runtime:
         dist.broadcast(carrier, src=0, group=self.control_group)
         return carrier.numpy().tobytes()
 
-    def require_same(self, what: str, *parts: Any) -> None:
-        """Raises ConfigError, on every rank, unless `digest_of` the parts is the same on all: nodes may differ."""
-        number = int(digest_of(*parts)[:12], 16) if self.world_size > 1 else 0
+    def require_same(self, what: str, text: str) -> None:
+        """Raises ConfigError, on every rank, unless the text is the same on all: nodes may differ."""
+        number = int(digest_of(text)[:12], 16)
         _, largest, smallest = self.agree(0.0, number, -number)
         if largest != -smallest:
             raise ConfigError(f"the ranks have different {what}; give every node the same variables, data and code")
@@ -938,10 +939,6 @@ class Checkpoints:
             raise CheckpointError(f"cannot read the checkpoint {path} (RESUME): {error.strerror}") from error
         return content, unpack_state(content, path)
 
-    def close(self) -> None:
-        """However the run ends, what is being written gets its time."""
-        self.finish()
-
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank. Raises CheckpointError when the one RESUME names is none."""
         content, state = b"", None
@@ -1100,7 +1097,7 @@ class TokenLoader:
         on_cuda = runtime.device.type == "cuda"  # where a thread pins memory by the device it is set to
         place: dict[str, Any] = dict(initializer=torch.cuda.set_device, initargs=(runtime.device,)) if on_cuda else {}
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", **place)
-        self.ahead: tuple[int, Future[Tensor]] | None = None
+        self.ahead: dict[int, Future[Tensor]] = {}  # by step, one at most
 
     def _read(self, step: int) -> Tensor:
         rank_tokens = self.plan.rank_seqs * self.seq_len
@@ -1110,9 +1107,9 @@ class TokenLoader:
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, targets) of each micro-batch, int64, shape (sequences, train_seq_len)."""
-        ready = self.ahead is not None and self.ahead[0] == step
-        tokens = self.ahead[1].result() if self.ahead is not None and ready else self._read(step)
-        self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
+        ready = self.ahead.get(step)
+        tokens = self._read(step) if ready is None else ready.result()
+        self.ahead = {step + 1: self.reader.submit(self._read, step + 1)}
         tokens = tokens.to(self.runtime.device, non_blocking=True).to(torch.int64)
         ids = tokens[:-1].view(self.plan.grad_accum_steps, -1, self.seq_len)
         targets = tokens[1:].view(self.plan.grad_accum_steps, -1, self.seq_len)
@@ -1120,7 +1117,8 @@ class TokenLoader:
 
     def failing(self, step: int) -> bool:
         """Whether that step's batch was read ahead, in vain."""
-        return self.ahead is not None and self.ahead[0] == step and self.ahead[1].exception() is not None
+        ready = self.ahead.get(step)
+        return ready is not None and ready.exception() is not None
 
     def close(self) -> None:
         self.reader.shutdown(wait=True, cancel_futures=True)
@@ -3773,12 +3771,12 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     backend, attend = choose_attention(config.attention, runtime.device)
     log.row("environment", **runtime.describe(), attention=backend)
     log.row("config", **dataclasses.asdict(config))
-    elsewhere = dict.fromkeys((*PATH_FIELDS, "run_id", "resume"), "")  # may lie at another place on another node
-    runtime.require_same("settings or code", dataclasses.replace(config, **elsewhere).to_json(), *code_paths())
+    everywhere = config.without(*PATH_FIELDS, "run_id", "resume")  # on another node files may lie at another place
+    runtime.require_same("settings or code", everywhere.to_json() + code_digest())
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)
-    text = validation.tokens, validation.bytes, tokenizer.digest
-    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", *text)
+    text = digest_of(validation.tokens, validation.bytes, tokenizer.digest)
+    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", text)
     total_bytes = int(validation.bytes.sum(dtype=np.int64))
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total_bytes)
     adaptive = config.ttt_enabled or config.mixer != "none"
@@ -3794,7 +3792,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     if metadata["code"] != code_digest():
         log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
     settings = f"{config.portable().to_json()} {runtime.world_size}"
-    identity = digest_of(content, *text, settings, *code_paths())
+    identity = digest_of(content, text, settings, *code_paths())
     progress = Progress(checkpoints, identity)
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, progress)
     checkpoints.forget_evaluation()
@@ -3810,7 +3808,9 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             runtime = stack.enter_context(Runtime(config, os.environ))
             log = stack.enter_context(contextlib.closing(RunLog(config, runtime)))
-            run(config, runtime, log, stack.enter_context(contextlib.closing(Checkpoints(config, runtime, log))))
+            checkpoints = Checkpoints(config, runtime, log)
+            stack.callback(checkpoints.finish)  # however the run ends, what is being written gets its time
+            run(config, runtime, log, checkpoints)
     except Stopped as stop:
         return 128 + stop.args[0]
     except UserError as error:

@@ -21,17 +21,6 @@ import train_gpt
 from bench import common, train_step
 
 
-def longest_pause_s(checkpoints: train_gpt.Checkpoints) -> float:
-    """The longest wait of this thread, which asks for nothing, while the other one writes."""
-    assert checkpoints.pending is not None
-    longest, before = 0.0, time.perf_counter()
-    while not checkpoints.pending.done():
-        time.sleep(0.0005)
-        now = time.perf_counter()
-        longest, before = max(longest, now - before), now
-    return longest
-
-
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
     parser.add_argument("--repeats", type=int, default=4)
@@ -47,7 +36,9 @@ def main() -> None:
         rows = []
         for _ in range(args.repeats + 1):
             trainer.save()
-            pause_ms = 1000 * longest_pause_s(checkpoints)
+            writing = checkpoints.pending
+            assert writing is not None
+            pause_ms = 1000 * common.longest_pause_s(lambda writing=writing: not writing.done())
             checkpoints.finish()
             began = time.perf_counter()
             _, path = checkpoints.numbered()[-1]

@@ -158,6 +158,16 @@ def timed(
     return seconds
 
 
+def longest_pause_s(busy: Callable[[], bool]) -> float:
+    """The longest that this thread, which asks for nothing, waits for the interpreter while others are busy."""
+    longest, before = 0.0, time.perf_counter()
+    while busy():
+        time.sleep(0.0005)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    return longest
+
+
 def timed_in_turn(
     actions: dict[str, Callable[[], Any]], burn_in: int, repeats: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:

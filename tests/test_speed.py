@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -180,14 +179,9 @@ def test_the_counter_sees_every_way_to_read_a_value(read):
 
 def longest_pause_s(action: Callable[[], object]) -> float:
     """The longest that this thread waits for the interpreter while another one works."""
-    thread, longest = threading.Thread(target=action), 0.0
+    thread = threading.Thread(target=action)
     thread.start()
-    before = time.perf_counter()
-    while thread.is_alive():
-        time.sleep(0.0005)
-        now = time.perf_counter()
-        longest, before = max(longest, now - before), now
-    return longest
+    return common.longest_pause_s(thread.is_alive)
 
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path):

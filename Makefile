@@ -34,7 +34,7 @@ lint: $(VENV)/ready
 	$(BIN)/vermin --quiet --no-tips --violations --target=3.10- $(PROGRAMS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Looks up one pinned version first: an index that has no vulnerability records must not pass for a clean bill.
 audit-deps:

@@ -41,7 +41,7 @@ def main() -> None:
             pause_ms = 1000 * common.longest_pause_s(lambda writing=writing: not writing.done())
             checkpoints.finish()
             began = time.perf_counter()
-            _, path = checkpoints.numbered()[-1]
+            path = checkpoints.numbered()[-1]
             checkpoints.read(path)
             cost = checkpoints.cost
             read_s = time.perf_counter() - began

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as m
@@ -39,7 +40,7 @@ def synthetic_tokens(num_tokens: int, vocab_size: int = 1024, seed: int = 0) -> 
 
 
 def measure(num_tokens: int, max_order: int) -> dict[str, float]:
-    tokens = synthetic_tokens(num_tokens)
+    tokens = torch.from_numpy(synthetic_tokens(num_tokens).astype(np.int64))
     wall, cpu = time.perf_counter(), time.process_time()
     matched = [int((counts.context_count > 0).sum()) for counts in m.iter_ngram_counts(tokens, max_order)]
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -32,25 +32,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tools")]
+sys.path[:0] = [str(REPO), str(REPO / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from support import (  # noqa: E402
-    SCRIPT,
-    TINY_VOCAB,
-    artifact_of,
-    artifact_parts,
-    free_port,
-    make_documents,
-    tiny_environ,
-    train_tokenizer,
-    write_shard,
-)
 
 import build_kg  # noqa: E402  # isort: skip
 import train_gpt  # noqa: E402
 from bench import common  # noqa: E402
+from bench.tiny import (  # noqa: E402
+    SCRIPT,
+    TINY_VOCAB,
+    artifact_of,
+    artifact_parts,
+    make_documents,
+    tiny_environ,
+    tokenizer_pieces,
+    torchrun,
+    train_tokenizer,
+    write_shard,
+)
 
 OUTCOMES = ("identical", "clear error", "valid input", "wrong", "hang", "traceback")
 HANG_S = 90.0
@@ -172,9 +173,9 @@ def classify(ended: Ended, expected: tuple[Any, ...] | None, tolerant: bool) -> 
 
 def newest_step(out: Path) -> int | None:
     """The step of the newest whole checkpoint."""
-    for path in sorted((out / "checkpoints").glob("*_step*.safetensors"), reverse=True):
+    for path in sorted((out / "checkpoints").glob("*/*_step*.safetensors"), reverse=True):
         try:
-            return train_gpt.unpack_state(path.read_bytes(), path)[1]["step"]
+            return train_gpt.read_state(path.read_bytes(), path)["progress"]["step"]
         except train_gpt.CheckpointError:
             continue
     return None
@@ -201,9 +202,7 @@ def kill_one(
 
 def start_ranks(environ: dict[str, str], stdout: TextIO, stderr: TextIO) -> subprocess.Popen:
     """A job of two ranks that may be restarted twice; returns when its training is about to begin."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
-    command += [f"--master_port={free_port()}", str(SCRIPT)]
-    process = subprocess.Popen(command, env=environ, stdout=stdout, stderr=stderr)
+    process = subprocess.Popen(torchrun(2, SCRIPT, restarts=2), env=environ, stdout=stdout, stderr=stderr)
     while process.poll() is None and not (Path(environ["OUT_DIR"]) / "logs").is_dir():
         time.sleep(0.01)
     return process
@@ -322,15 +321,17 @@ def forged_artifact(source: random.Random, content: bytes) -> bytes:
 
 def forged_checkpoint(source: random.Random, content: bytes) -> bytes:
     """A sound checksum over content that is not what a run would write."""
-    tensors, meta = train_gpt.unpack_state(content, "")
+    leaves = train_gpt.flattened(train_gpt.read_state(content, ""))
+    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    rest: Any = {name: leaf for name, leaf in leaves.items() if name not in tensors}
     if source.random() < 0.5:
         tensors = forge_tensors(source, tensors)
     else:
-        forged = forge(source, meta)
-        meta = forged if isinstance(forged, dict) else {"step": forged}
+        forged = forge(source, rest)
+        rest = forged if isinstance(forged, dict) else {"step": forged}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "forged"
-        train_gpt.write_state(path, tensors, meta)
+        train_gpt.write_state(path, tensors | rest)
         return path.read_bytes()
 
 
@@ -348,10 +349,7 @@ def make_bed(root: Path) -> Bed:
     """Make the data and run everything once."""
     data = root / "data"
     make_data(data)
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    pieces = tokenizer_pieces(data / "tokenizer.model")
     importance = {i: i / len(pieces) for i in range(4, len(pieces))}
     (data / "kg_blob.txt").write_text(build_kg.pack(importance, pieces))  # pyright: ignore[reportAttributeAccessIssue]
     graph = dict(KG_ENABLED=1, KG_PATH=data / "kg_blob.txt")
@@ -398,7 +396,7 @@ def damaged_case(source: random.Random, kind: str, bed: Bed, folder: Path) -> tu
         environ = bed.score_only | {"ARTIFACT": str(path), "OUT_DIR": str(folder / "out")}
         return environ, "scored", change is forged_artifact
     shutil.copytree(bed.root / "short" / "checkpoints", folder / "out" / "checkpoints")
-    paths = sorted((folder / "out" / "checkpoints").glob("*_step*"))
+    paths = sorted((folder / "out" / "checkpoints").glob("*/*_step*"))
     change = source.choice((damage_bytes, forged_checkpoint))
     for path in paths[source.randrange(len(paths)) :]:
         path.write_bytes(change(source, path.read_bytes()))
@@ -438,11 +436,11 @@ def main() -> int:
     parser.add_argument("--rank-kills", type=int, default=5, help="jobs of two ranks of which one is killed")
     parser.add_argument("--inputs", type=int, default=500, help="damaged inputs")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="4 kills, 60 inputs")
+    parser.add_argument("--quick", action="store_true", help="3 kills, 36 inputs")
     parser.add_argument("--keep", help="keep all files in this folder")
     args = parser.parse_args()
     if args.quick:
-        args.kills, args.rank_kills, args.inputs = 4, 0, 60
+        args.kills, args.rank_kills, args.inputs = 3, 0, 36
     torch.set_num_threads(1)
     train_gpt.compile_count()  # imports what every child would import for itself
     for package in ("safetensors.torch", "sentencepiece", "zstandard"):

@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-from bench import common, evaluation, train_step, ttt
+from bench import common, evaluation, golden, train_step, ttt
 from bench.counts import synthetic_tokens
 from bench.evaluation import CONTEST_TARGETS
 
@@ -117,13 +117,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 # ----------------------------------------------------------------------------------------------------------
 def check_golden(bench: Bench) -> Iterator[Finding]:
     """Logits of the recorded 11-layer model, fp32, on this device."""
-    sys.path.insert(0, str(common.REPO / "tests"))
-    import golden_support  # the recorded vectors and their weights; sets one thread for itself
-
-    torch.set_num_threads(bench.args.threads)
     torch.set_float32_matmul_precision("highest")
-    arrays = golden_support.golden_arrays("model_1081")
-    model = golden_support.golden_model().to(bench.device)
+    arrays = golden.golden_arrays("model_1081")
+    model = golden.golden_model().to(bench.device)
     model.compute_dtype = torch.float32
     with torch.no_grad():
         logits = model.logits(torch.tensor(arrays["x"]).to(bench.device)).cpu()
@@ -152,7 +148,7 @@ def check_bf16(bench: Bench) -> Iterator[Finding]:
     for dtype in (torch.float32, torch.bfloat16):
         model.compute_dtype = dtype
         with torch.no_grad():
-            outcomes[dtype] = (model.logits(ids), float(model.loss(ids, targets)))
+            outcomes[dtype] = (model.logits(ids), float(model.training_losses(ids, targets, False)[0]))
     (exact, exact_loss), (rounded, rounded_loss) = outcomes[torch.float32], outcomes[torch.bfloat16]
     yield Finding.within("bf16 logits against fp32", relative_error(rounded, exact), BF16_LIMIT)
     yield Finding.within("bf16 loss against fp32", abs(rounded_loss - exact_loss), BF16_NATS, "nats")
@@ -355,11 +351,10 @@ def check_ttt(bench: Bench) -> Iterator[Finding]:
 
 def check_counts(bench: Bench) -> Iterator[Finding]:
     """Exact counts on this device: equal to the host's, and how long they take."""
-    few = synthetic_tokens(20_000)
-    on_device = torch.from_numpy(few.astype(np.int64)).to(bench.device)
-    both = zip(train_gpt.iter_ngram_counts(on_device, 10), train_gpt.iter_ngram_counts(few, 10))
-    differing = sum(int((a.cpu().numpy() != b).sum()) for own, reference in both for a, b in zip(own, reference))
-    yield Finding.within("counts of 20,000 tokens that differ from NumPy's", differing, 0)
+    few = torch.from_numpy(synthetic_tokens(20_000).astype(np.int64))
+    both = zip(train_gpt.iter_ngram_counts(few.to(bench.device), 10), train_gpt.iter_ngram_counts(few, 10))
+    differing = sum(int((a != b).sum()) for own, reference in both for a, b in zip(own, reference))
+    yield Finding.within("counts of 20,000 tokens that differ from the host's", differing, 0)
     for size in (4_000_000, 62_021_632) if bench.on_cuda else (50_000,):
         tokens = torch.from_numpy(synthetic_tokens(size).astype(np.int64)).to(bench.device)
         common.synchronize(bench.device)

@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as m
@@ -25,13 +27,13 @@ from bench.counts import synthetic_tokens
 VOCAB_SIZE = 1024
 BUCKETS = 1 << 22
 COUNT_BLOCK = 8192  # 128 windows of stride 64
-MIXERS: dict[str, Callable[[], m.Mixer]] = {
-    "default": m.BackoffNgramMixer,
-    "published, exact counts": lambda: m.PublishedBackoffMixer(VOCAB_SIZE),
-    "published, hashed counts": lambda: m.PublishedBackoffMixer(
-        VOCAB_SIZE, buckets=BUCKETS, block=COUNT_BLOCK
+MIXERS: dict[str, dict[str, Any]] = {
+    "default": dict(mixer="backoff"),
+    "published, exact counts": dict(mixer="backoff-published"),
+    "published, hashed counts": dict(
+        mixer="backoff-published", ngram_counts="hashed", ngram_buckets=BUCKETS, ngram_block=COUNT_BLOCK
     ),
-    "hedge": lambda: m.HedgeMixer(VOCAB_SIZE),
+    "hedge": dict(mixer="hedge"),
 }
 
 
@@ -114,10 +116,11 @@ def main() -> None:
     tokens = synthetic_tokens(num_tokens + 1)
     logp, entropy = stand_in_scores(tokens)
 
-    rows = [
-        timed(lambda make=make: m.mix_scores(make(), tokens, logp, entropy), name, logp)
-        for name, make in MIXERS.items()
-    ]
+    ids, rows = torch.from_numpy(tokens.astype(np.int64)), []
+    for name, settings in MIXERS.items():
+        mixer = m.make_mixer(m.Config(vocab_size=VOCAB_SIZE, **settings))
+        assert mixer is not None
+        rows.append(timed(lambda mixer=mixer: m.mix_scores(mixer, ids, logp, entropy), name, logp))
     few = slice(table_tokens)
     rows.append(
         timed(lambda: TableMixer().mix(tokens[: table_tokens + 1], logp[few], entropy[few]), "tables", logp)

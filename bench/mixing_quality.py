@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
@@ -43,7 +44,8 @@ def mix(config: train_gpt.Config, tokens: np.ndarray, scores: train_gpt.TokenSco
         return scores.logp.astype(np.float64), float(np.exp(scores.sampled).sum(1).mean()), 0.0
     samples = train_gpt.sample_targets(len(scores.logp))
     probe = train_gpt.MassProbe(samples + 1, scores.sampled, scores.entropy[samples])
-    logp = train_gpt.mix_scores(mixer, tokens.astype(np.int64), scores.logp, scores.entropy, probe)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    logp = train_gpt.mix_scores(mixer, ids, scores.logp, scores.entropy, probe)
     return logp, float(probe.mass.mean()), time.perf_counter() - began
 
 

@@ -153,7 +153,7 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def entropy_bytes(levels: Levels) -> float:
-    return train_gpt.entropy_bound({name: torch.from_numpy(q) for name, q in levels.items()})
+    return train_gpt.order0_entropy_bytes({name: torch.from_numpy(q) for name, q in levels.items()})
 
 
 def compare_layouts(levels: Levels, names: list[str]) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def compare_layouts(levels: Levels, names: list[str]) -> list[dict[str, Any]]:
 def read_levels(path: Path) -> Levels:
     """The levels of an artifact, of this version or of format 1, which held them as they are."""
     packed = path.read_bytes()
-    if train_gpt.seal(packed[:-40]) != packed:
+    if train_gpt.sealed(packed[:-32]) != packed:
         arrays = safetensors.numpy.load(zstandard.decompress(packed))
         return {name: q for name, q in arrays.items() if name.endswith(".levels")}
     model, _, _ = train_gpt.load_artifact(path)
@@ -194,7 +194,7 @@ def drawn_model(quick: bool) -> train_gpt.GPT:
 
 
 def quantized(model: train_gpt.GPT) -> dict[str, torch.Tensor]:
-    return train_gpt.quantize(model.state_dict(), model.plan, train_gpt.QuantizeOptions())
+    return train_gpt.quantize(model.state_dict(), model.plan, train_gpt.Config())
 
 
 def measure_artifact(model: train_gpt.GPT) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class Bench:
         model.load_state_dict(trained.state_dict())
         hessians = outcome.hessians if quantizer == "gptq" else None
         began = time.perf_counter()
-        train_gpt.quantize(model.state_dict(), model.plan, train_gpt.QuantizeOptions.of(config), hessians)
+        train_gpt.quantize(model.state_dict(), model.plan, config, hessians)
         seconds = time.perf_counter() - began
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.ptz"

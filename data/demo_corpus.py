@@ -20,7 +20,8 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards import ArgumentParser, DataError, atomic_file, run_command
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which an isolated start (python -I) leaves out
+from shards import ArgumentParser, DataError, atomic_file, run_command, say
 
 # tests and other people's packages are no documentation of the standard library
 SKIPPED_FOLDERS = frozenset(
@@ -115,10 +116,10 @@ def run(options: Namespace) -> None:
     """Make the corpus. Raises as `make_documents`."""
     topics = read_topics()
     if not topics:
-        print("note: this Python has no pydoc topics; the corpus has docstrings only", file=sys.stderr)
+        say("note: this Python has no pydoc topics; the corpus has docstrings only", error=True)
     documents = make_documents(Path(sysconfig.get_path("stdlib")), topics)
     size_bytes = write_corpus(options.out, documents)
-    print(f"{options.out}: {len(documents):,} documents, {size_bytes:,} bytes of text")
+    say(f"{options.out}: {len(documents):,} documents, {size_bytes:,} bytes of text")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

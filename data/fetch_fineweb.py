@@ -4,8 +4,9 @@
     python data/fetch_fineweb.py --train-shards 1       # enough to try things out
     python data/fetch_fineweb.py --source copy/of/hub   # from a folder laid out like the dataset repository
 
-Run it again after an interruption: whole files are kept, a file half done is continued. A file appears under
-its own name only after its size, header and token ids were checked. Where the tokenizer is another than the one that
+Run it again after an interruption: a file half done is continued, and files are kept that came from the same source
+and dataset and are as they came; manifest.json beside the shards says which those are. A file appears under its own
+name only after its size, header and token ids were checked. Where the tokenizer is another than the one that
 kg_data.py is for, a knowledge-graph blob for it is put beside the shards.
 """
 
@@ -13,19 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from shards import ArgumentParser, DataError, read_header, read_tokens, run_command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which an isolated start (python -I) leaves out
+from prepared_folder import MANIFEST, shard_files
+from shards import ArgumentParser, DataError, atomic_file, read_tokens, run_command, say
 from tokenizer import Tokenizer
 from tqdm import tqdm
 
@@ -47,7 +51,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The source as the user named it."""
+        """The source by a name that stays: it tells which files came from it."""
         ...
 
     def fetch(self, file: PurePosixPath, folder: Path) -> Path:
@@ -137,34 +141,66 @@ class HubSource:
 def open_source(name: str) -> Source:
     """The local folder of this name, or else the hub repository. Raises DataError if it can be neither."""
     if Path(name).is_dir():
-        return FolderSource(Path(name))
+        return FolderSource(Path(name).absolute())
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return HubSource(name)
     raise DataError(f"--source {name}: neither an existing folder nor a hub repository such as {REPOSITORY}")
 
 
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as the manifest lists them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
 @dataclass
 class Fetcher:
-    """Brings files from one source to their places, and counts what it did."""
+    """Brings the files of one dataset of one source to their places, and counts what it did.
+
+    `files` are those that have come so far, by name: the part of the manifest that decides what is kept.
+    """
 
     source: Source
+    dataset: str
+    folder: Path  # of the shards and of the manifest
+    tokenizer_path: Path
     fetched: int = 0
     kept: int = 0
-    tokenizer_path: Path | None = None  # where `fetch` has put the tokenizer
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def bring(
-        self,
-        file: PurePosixPath,
-        target: Path,
-        check: Callable[[Path], object],
-        check_content: Callable[[Path], object] | None = None,
-    ) -> None:
-        """Make `target` a checked copy of `file`, unless it is whole already.
+    def recall(self) -> None:
+        """Take over what the folder's manifest says of this source and dataset, if anything.
 
-        `check(path)` raises DataError for a file that is not whole; `check_content(path)` is asked about what
-        was just fetched in addition. A fetched file that fails is deleted. Raises as `Source.fetch`.
+        Raises DataError for a folder that data/prepare.py made.
         """
-        if target.exists() and _passes(check, target):
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            if "splits" in manifest:
+                raise DataError(f"{self.folder}: holds data of data/prepare.py; choose another --data-path")
+            if (manifest["source"], manifest["dataset"]) == (self.source.name, self.dataset):
+                self.files = dict(manifest["files"])
+        except (OSError, ValueError, KeyError, TypeError):  # then nothing is known of what is there
+            return
+
+    def bring_tokenizer(self, file: PurePosixPath) -> Tokenizer:
+        """The tokenizer, brought as `bring` does; if it is a new one, nothing is known of the shards any more."""
+        before = self.files.get(self.tokenizer_path.name)
+        self.bring(file, self.tokenizer_path, Tokenizer.load)
+        after = self.files[self.tokenizer_path.name]
+        if after != before:
+            self.files = {self.tokenizer_path.name: after}
+        return Tokenizer.load(self.tokenizer_path)
+
+    def bring(self, file: PurePosixPath, target: Path, check: Callable[[Path], object]) -> None:
+        """Make `target` a checked copy of `file`, unless it is one already.
+
+        `check(path)` raises DataError for a file that cannot be used; one just fetched is deleted then. Raises as
+        `Source.fetch`.
+        """
+        if self._is_known(target) and _passes(check, target):
             self.kept += 1
             return
         staging = target.parent / STAGING
@@ -172,15 +208,34 @@ class Fetcher:
         arrived = self.source.fetch(file, staging)
         try:
             check(arrived)
-            if check_content is not None:
-                check_content(arrived)
         except DataError as error:
             arrived.unlink()
             raise DataError(
                 f"{self.source.name}: {file} arrived damaged: {error}; run this again to fetch it once more"
             ) from error
+        self.files[target.name] = fingerprint(arrived)
         arrived.replace(target)
         self.fetched += 1
+
+    def _is_known(self, path: Path) -> bool:
+        entry = self.files.get(path.name)
+        return entry is not None and path.is_file() and fingerprint(path) == entry
+
+    def strangers(self, wanted: Iterable[str] = ()) -> list[Path]:
+        """Shards in the folder that are neither known nor `wanted`."""
+        known = {*wanted, *self.files}
+        return [path for path in shard_files(self.folder) if path.name not in known]
+
+    def write_manifest(self, tokenizer: Tokenizer) -> None:
+        """Say in the folder what is there, for the next call of this program and for the training run.
+
+        The tokenizer is that of the shards only when none is left of what was there before.
+        """
+        manifest = {"source": self.source.name, "dataset": self.dataset, "files": dict(sorted(self.files.items()))}
+        if not self.strangers():
+            manifest |= {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+        with atomic_file(self.folder / MANIFEST) as file:
+            file.write(json.dumps(manifest, indent=1).encode("utf-8") + b"\n")
 
 
 def _passes(check: Callable[[Path], object], path: Path) -> bool:
@@ -209,8 +264,14 @@ class Published:
             if dataset not in datasets:
                 raise DataError(f"the source has no dataset {dataset!r}, only {', '.join(sorted(datasets))}")
             entry = datasets[dataset]
-            stats = entry["stats"]
-            model = HUB_FOLDER / tokenizers[entry["tokenizer_name"]]["model_path"]
+            stats, used = entry["stats"], tokenizers[entry["tokenizer_name"]]
+            if not used.get("model_path"):
+                readable = sorted(n for n, e in datasets.items() if tokenizers[e["tokenizer_name"]].get("model_path"))
+                raise DataError(
+                    f"{dataset} is tokens of {entry['tokenizer_name']!r}, which is no SentencePiece model (the source "
+                    f"lists {', '.join(sorted(used))} of it); train_gpt.py reads: {', '.join(readable) or 'none'}"
+                )
+            model = HUB_FOLDER / used["model_path"]
             published = cls(dataset, int(stats["files_train"]), int(stats["files_val"]), model)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
@@ -264,20 +325,27 @@ def fetch(
     data_path = data_path or DATA_FOLDER / "datasets" / dataset
     published = read_published(source, dataset, data_path)
     num_train = choose_train_shards(train_shards, published)
-    tokenizer_path = tokenizer_path or DATA_FOLDER / "tokenizers" / published.tokenizer.name
-    fetcher = Fetcher(source, tokenizer_path=tokenizer_path)
-    fetcher.bring(published.tokenizer, tokenizer_path, Tokenizer.load)
-    vocab_size = Tokenizer.load(tokenizer_path).vocab_size
-
-    def check_token_ids(path: Path) -> None:
-        tokens = read_tokens(path)
-        if tokens.size and tokens.max() >= vocab_size:
-            raise DataError(f"token {tokens.max()} is beyond the {vocab_size} pieces of {tokenizer_path}")
-
     shards = [published.shard("val", index) for index in range(published.val_shards)]
     shards += [published.shard("train", index) for index in range(num_train)]
+    tokenizer_path = tokenizer_path or DATA_FOLDER / "tokenizers" / published.tokenizer.name
+    fetcher = Fetcher(source, dataset, data_path, tokenizer_path)
+    fetcher.recall()
+    tokenizer = fetcher.bring_tokenizer(published.tokenizer)
+    if strangers := fetcher.strangers(shard.name for shard in shards):
+        raise DataError(
+            f"{strangers[0]}: not a shard of {dataset} that was fetched here from {source.name}; it would be read "
+            f"along, so move it elsewhere ({len(strangers)} such)"
+        )
+
+    def check_shard(path: Path) -> None:
+        tokens = read_tokens(path)
+        if tokens.size and tokens.max() >= tokenizer.vocab_size:
+            raise DataError(f"token {tokens.max()} is beyond the {tokenizer.vocab_size} pieces of {tokenizer_path}")
+
+    fetcher.write_manifest(tokenizer)
     for shard in tqdm(shards, desc="shards", unit="file", disable=None):
-        fetcher.bring(shard, data_path / shard.name, read_header, check_token_ids)
+        fetcher.bring(shard, data_path / shard.name, check_shard)
+        fetcher.write_manifest(tokenizer)
     for folder in {data_path, tokenizer_path.parent}:
         shutil.rmtree(folder / STAGING, ignore_errors=True)
     return fetcher
@@ -303,13 +371,11 @@ def run(options: Namespace) -> None:
     """What the command line asks for. Raises as `fetch`."""
     source = open_source(options.source)
     fetcher = fetch(source, options.dataset, options.train_shards, options.data_path, options.tokenizer_path)
-    print(
+    say(
         f"{source.name}: {options.dataset} is complete, {fetcher.fetched} files fetched, {fetcher.kept} kept"
     )
-    folder = options.data_path or DATA_FOLDER / "datasets" / options.dataset
-    assert fetcher.tokenizer_path is not None
-    if message := retarget_knowledge_graph(fetcher.tokenizer_path, folder / "kg_blob.txt"):
-        print(message)
+    if message := retarget_knowledge_graph(fetcher.tokenizer_path, fetcher.folder / "kg_blob.txt"):
+        say(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,9 @@
     python data/prepare.py train.parquet --val val.jsonl --tokenizer english.model --out runs/english
     python data/prepare.py --check runs/corpus
 
+Without --val a share of the documents is taken for validation. A plain text file is one document; where that leaves
+a split empty, long documents are cut at paragraph ends.
+
 The folder then holds `tokenizer.model`, `{name}_train_000000.bin` …, `{name}_val_000000.bin` … and
 `manifest.json`, which is written last: a folder without it is not complete. The result depends on the input
 and the settings alone, not on the number of worker processes.
@@ -23,7 +26,7 @@ import sys
 import threading
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from documents import find_files, read_documents
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which an isolated start (python -I) leaves out
+from documents import describe_passed_over, find_files, read_documents
 from prepared_folder import (
     FORMAT,
     SPLITS,
@@ -50,6 +55,7 @@ from shards import (
     ShardWriter,
     atomic_file,
     run_command,
+    say,
 )
 from tokenizer import Tokenizer, train_tokenizer
 from tqdm import tqdm
@@ -62,6 +68,9 @@ SAMPLE_BYTES = 30_000_000
 SAMPLE_BLOCK_CHARS = 1 << 16
 BATCH_CHARS = 1 << 20
 BATCHES_AHEAD = 3
+PARTS = 200  # about as many parts are wanted where documents have to be cut, of so many characters at least and at most
+PART_CHARS = (500, 20_000)
+PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ class Settings:
     """What to prepare. `tokenizer` wins over `train_pieces`; `val` wins over `val_fraction`.
 
     `inputs` and `val` are files or folders, `shard_tokens` the length of a full shard, `text_field` the JSON
-    field or Parquet column, `name` the start of every shard's file name.
+    field or Parquet column, `name` the start of every shard's file name. `keep_whitespace` trains a tokenizer that
+    loses nothing; `skip_unreadable` goes on without files that cannot be read.
     """
 
     inputs: Sequence[Path]
@@ -83,6 +93,8 @@ class Settings:
     workers: int = 1
     name: str = "text"
     overwrite: bool = False
+    keep_whitespace: bool = False
+    skip_unreadable: bool = False
 
     def validate(self) -> None:
         """Raises DataError naming the first value that cannot be used."""
@@ -92,6 +104,8 @@ class Settings:
             raise DataError(f"--val-fraction {self.val_fraction:g} is not between 0 and 1; use 0.02, say")
         if not 1 <= self.shard_tokens < 2**31:  # the header's count is an int32
             raise DataError(f"--shard-tokens {self.shard_tokens} is not between 1 and {2**31 - 1}")
+        if self.keep_whitespace and self.tokenizer is not None:
+            raise DataError("--keep-whitespace is for a tokenizer that is trained here; leave out --tokenizer")
         if self.workers < 1:
             raise DataError(f"--workers {self.workers} is too few; at least 1 is needed")
         if not 1 <= self.train_pieces <= MAX_TOKEN:
@@ -121,6 +135,24 @@ def falls_into_val(digest: bytes, val_fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
 
 
+def cut_at_paragraphs(text: str, part_chars: int) -> list[str]:
+    """Parts of at least `part_chars` characters (the last: half of that) which together are the text.
+
+    A part ends with a paragraph, or with a line where the next paragraph's end is far; text without line breaks
+    stays whole.
+    """
+    parts, start = [], 0
+    latest = len(text) - part_chars // 2
+    while start + part_chars < latest:
+        paragraph = PARAGRAPH_END.search(text, start + part_chars, min(start + 4 * part_chars, latest))
+        end = paragraph.end() if paragraph else text.find("\n", start + part_chars, latest) + 1
+        if end == 0:
+            break
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
 @dataclass
 class DocumentStream:
     """All documents with their split, in a fixed order; documents without any text are left out.
@@ -132,16 +164,48 @@ class DocumentStream:
     settings: Settings
     train_files: list[Path]
     val_files: list[Path]
+    passed_over: Counter[str]
     dropped: dict[str, int] = field(default_factory=dict)
+    unreadable: dict[Path, str] = field(default_factory=dict)  # files left out, from where on and why
+    part_chars: int = 0  # documents are cut into parts of this size, 0: they stay whole
+    chosen: dict[bytes, str] = field(default_factory=dict)  # the split of a digest, whatever its share says
 
     @classmethod
     def open(cls, settings: Settings) -> DocumentStream:
         """Find the files. Raises DataError if a path is missing or holds nothing to read."""
-        return cls(settings, find_files(settings.inputs), find_files(settings.val))
+        train_files, train_others = find_files(settings.inputs)
+        val_files, val_others = find_files(settings.val)
+        return cls(settings, train_files, val_files, train_others + val_others)
+
+    def fill_both_splits(self) -> str:
+        """Cut long documents where else a split would get none; returns what to tell, "" where all stay whole."""
+        if self.val_files:
+            return ""
+        splits, lengths = set(), []
+        with contextlib.closing(self.read("counting documents")) as documents:
+            for split, text, _ in documents:
+                splits.add(split)
+                lengths.append(len(text))
+                if len(splits) == len(SPLITS):
+                    return ""
+        self.part_chars = min(max(sum(lengths) // PARTS, PART_CHARS[0]), PART_CHARS[1])
+        parts = [(digest, split) for split, _, digest in self.read("cutting documents")]
+        if len(parts) == len(lengths):  # nothing long enough, which the caller finds out by an empty split
+            self.part_chars = 0
+            return ""
+        if len(dict(parts)) > 1 and "val" not in dict(parts).values():
+            self.chosen = {min(parts)[0]: "val"}
+        elif len(dict(parts)) > 1 and "train" not in dict(parts).values():
+            self.chosen = {max(parts)[0]: "train"}
+        return (
+            f"{len(lengths)} document(s) would leave a split empty: long ones are cut at paragraph ends, "
+            f"{len(parts)} parts in all"
+        )
 
     def read(self, label: str) -> Generator[tuple[str, str, bytes]]:
         """(split, text, digest) of every document, with a progress bar on a terminal."""
         self.dropped = {"empty_documents": 0, "train_documents_also_in_val": 0}
+        self.unreadable = {}
         val_digests: set[bytes] = set()
         total_bytes = sum(path.stat().st_size for path in [*self.val_files, *self.train_files])
         with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, disable=None) as bar:
@@ -151,18 +215,29 @@ class DocumentStream:
             for text, digest in self._documents(self.train_files, bar.update):
                 if digest in val_digests:
                     self.dropped["train_documents_also_in_val"] += 1
-                elif not self.val_files and falls_into_val(digest, self.settings.val_fraction):
-                    yield "val", text, digest
                 else:
-                    yield "train", text, digest
+                    yield self._split_of(digest), text, digest
+
+    def _split_of(self, digest: bytes) -> str:
+        if digest in self.chosen:
+            return self.chosen[digest]
+        return "val" if not self.val_files and falls_into_val(digest, self.settings.val_fraction) else "train"
 
     def _documents(self, files: list[Path], on_bytes: Callable[[int], Any]) -> Iterator[tuple[str, bytes]]:
         for path in files:
-            for text in read_documents(path, self.settings.text_field, on_bytes):
-                if text and not text.isspace():
-                    yield text, document_digest(text)
-                else:
-                    self.dropped["empty_documents"] += 1
+            number = 0
+            try:
+                for text in read_documents(path, self.settings.text_field, on_bytes):
+                    number += 1
+                    for part in cut_at_paragraphs(text, self.part_chars) if self.part_chars else [text]:
+                        if part and not part.isspace():
+                            yield part, document_digest(part)
+                        else:
+                            self.dropped["empty_documents"] += 1
+            except DataError as error:
+                if not self.settings.skip_unreadable:
+                    raise DataError(f"{error}; or leave such files out with --skip-unreadable") from error
+                self.unreadable[path] = f"after {number} document(s): {error}" if number else str(error)
 
 
 def sample_texts(documents: Iterable[tuple[str, bytes]], limit_bytes: int = SAMPLE_BYTES) -> list[str]:
@@ -185,15 +260,15 @@ def sample_texts(documents: Iterable[tuple[str, bytes]], limit_bytes: int = SAMP
 
 
 def choose_tokenizer(settings: Settings, stream: DocumentStream) -> Tokenizer:
-    """The given tokenizer, or one trained on the training split. Raises DataError if neither is possible."""
+    """The given tokenizer, or one trained on the training split. Raises DataError if neither can be used."""
     if settings.tokenizer is not None:
-        return Tokenizer.load(settings.tokenizer)
+        return Tokenizer.load(settings.tokenizer).require_countable()
     documents = stream.read("sampling for the tokenizer")
     with contextlib.closing(documents):
         texts = sample_texts((text, digest) for split, text, digest in documents if split == "train")
     if not texts:
         raise DataError(missing_split_message(settings, "train"))
-    return train_tokenizer(texts, settings.train_pieces)
+    return train_tokenizer(texts, settings.train_pieces, settings.keep_whitespace).require_countable()
 
 
 Batch = list[tuple[str, str]]
@@ -213,8 +288,14 @@ def make_batches(documents: Iterable[tuple[str, str, bytes]]) -> Iterator[Batch]
         yield batch
 
 
+def count_missing(before: bytes, after: bytes) -> int:
+    """How many bytes of `before` are not in `after`, wherever they stand: what replacing and removing has cost."""
+    histograms = [np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256) for text in (before, after)]
+    return int((histograms[0] - histograms[1]).clip(min=0).sum())
+
+
 def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
-    """Tokens of a batch by split, each document with BOS before it."""
+    """Tokens of a batch by split, each document with BOS before it; what they are scored as is not counted yet."""
     encoded: dict[str, Encoded] = {}
     for split in SPLITS:
         texts = [text for of_split, text in batch if of_split == split]
@@ -223,12 +304,15 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
         if not documents:
             continue
         tokens = np.concatenate([tokens for _, tokens in kept]) if kept else tokenizer.encode("")[:0]
+        sources = [text.encode("utf-8") for text, _ in kept]
+        normalized = [tokenizer.normalize(text).encode("utf-8") for text, _ in kept]
         counts = Counts(
             documents=len(kept),
             tokens=tokens.size,
-            text_bytes=sum(len(tokenizer.normalize(text).encode("utf-8")) for text, _ in kept),
-            target_bytes=tokenizer.count_target_bytes(tokens),
+            text_bytes=sum(map(len, normalized)),
             unknown_tokens=tokenizer.count_unknown(tokens),
+            source_bytes=sum(map(len, sources)),
+            changed_bytes=sum(map(count_missing, sources, normalized)),
         )
         encoded[split] = Encoded(tokens, counts, len(documents) - len(kept))
     return encoded
@@ -304,6 +388,7 @@ def write_splits(
             for split, encoded in result.items():
                 writers[split].append(encoded.tokens)
                 counts[split].add(encoded.counts)
+                counts[split].target_bytes += tokenizer.count_target_bytes(encoded.tokens)
                 stream.dropped["empty_documents"] += encoded.empty_documents
     for split in SPLITS:
         if counts[split].documents == 0:
@@ -322,8 +407,8 @@ def missing_split_message(settings: Settings, split: str) -> str:
     inputs = ", ".join(map(str, settings.val if split == "val" and settings.val else settings.inputs))
     if split == "val" and not settings.val:
         return (
-            f"{inputs}: no document fell into the validation split at --val-fraction "
-            f"{settings.val_fraction:g}; raise it, or name validation files with --val"
+            f"{inputs}: no document fell into the validation split at --val-fraction {settings.val_fraction:g}, and "
+            "none has paragraphs enough to be cut; name validation files with --val, or give more text"
         )
     if split == "train" and settings.val:
         return f"{inputs}: no training documents, apart from copies of validation documents; give more text"
@@ -341,10 +426,16 @@ def prepare(settings: Settings) -> dict[str, Any]:
     settings.validate()
     check_output(settings.out, settings.name, None, settings.overwrite)
     stream = DocumentStream.open(settings)
+    if stream.passed_over:
+        say(describe_passed_over(stream.passed_over))
+    if cut := stream.fill_both_splits():
+        say(cut)
     tokenizer = choose_tokenizer(settings, stream)
     check_output(settings.out, settings.name, tokenizer.hash, settings.overwrite)
     with staging_folder(settings.out) as staging:
         splits = write_splits(settings, stream, tokenizer, staging)
+        for reason in stream.unreadable.values():
+            say(f"left out: {reason}")
         with atomic_file(staging / TOKENIZER) as file:
             file.write(tokenizer.model)
         manifest = {
@@ -355,6 +446,8 @@ def prepare(settings: Settings) -> dict[str, Any]:
             "bos_id": tokenizer.bos_id,
             "splits": splits,
             "dropped": stream.dropped,
+            "left_out": [path.name for path in stream.unreadable],
+            "part_chars": stream.part_chars,
             "settings": describe_settings(settings, stream),
         }
         publish(staging, settings.out, manifest)
@@ -369,6 +462,7 @@ def describe_settings(settings: Settings, stream: DocumentStream) -> dict[str, A
         "val_fraction": None if settings.val else settings.val_fraction,
         "tokenizer": settings.tokenizer.name if settings.tokenizer else None,
         "train_tokenizer": None if settings.tokenizer else settings.train_pieces,
+        "keep_whitespace": settings.keep_whitespace,
         "shard_tokens": settings.shard_tokens,
         "text_field": settings.text_field,
     }
@@ -386,6 +480,17 @@ def describe_split(split: str, counts: dict[str, Any]) -> str:
             f"{counts['target_bytes']:,} bytes are scored"
         )
     return line
+
+
+def describe_normalisation(settings: Settings, splits: dict[str, Any]) -> str:
+    """One line for people about what of the text no model can learn, "" where that is nothing."""
+    changed, source = (sum(splits[split][name] for split in SPLITS) for name in ("changed_bytes", "source_bytes"))
+    if not changed:
+        return ""
+    line = f"the tokenizer's normalisation changes at least {changed:,} bytes of the text ({changed / source:.2%})"
+    if settings.keep_whitespace:
+        return line
+    return f"{line}, line breaks and runs of blanks for the most part; --keep-whitespace trains one that keeps them"
 
 
 def build_parser() -> ArgumentParser:
@@ -414,6 +519,14 @@ def build_parser() -> ArgumentParser:
         help="train a byte-fallback BPE model on the training split (default %(default)s pieces)",
     )
     parser.add_argument(
+        "--keep-whitespace",
+        action="store_true",
+        help="train a tokenizer that loses nothing: no normalisation, line breaks and runs of blanks are kept",
+    )
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="list files that cannot be read, and go on without them"
+    )
+    parser.add_argument(
         "--shard-tokens",
         type=int,
         default=SHARD_TOKENS,
@@ -439,7 +552,7 @@ def run(options: Namespace) -> None:
     if options.check is not None:
         manifest = check(options.check)
         pieces = f"{manifest['vocab_size']} pieces"
-        print(f"{options.check}: whole, tokenizer {manifest['tokenizer_hash']} ({pieces})")
+        say(f"{options.check}: whole, tokenizer {manifest['tokenizer_hash']} ({pieces})")
         return
     if options.out is None:
         raise DataError("--out is missing; name a folder for the shards")
@@ -455,17 +568,21 @@ def run(options: Namespace) -> None:
         workers=options.workers,
         name=options.name,
         overwrite=options.overwrite,
+        keep_whitespace=options.keep_whitespace,
+        skip_unreadable=options.skip_unreadable,
     )
     start_s = time.perf_counter()
     manifest = prepare(settings)
     elapsed_s = time.perf_counter() - start_s
     for split in SPLITS:
-        print(describe_split(split, manifest["splits"][split]))
+        say(describe_split(split, manifest["splits"][split]))
+    if line := describe_normalisation(settings, manifest["splits"]):
+        say(line)
     vocab_size = manifest["vocab_size"]
     if settings.tokenizer is None and vocab_size < settings.train_pieces:
-        print(f"the text gives {vocab_size} pieces only: set VOCAB_SIZE={vocab_size} when training")
+        say(f"the text gives {vocab_size} pieces only: set VOCAB_SIZE={vocab_size} when training")
     megabytes = sum(manifest["splits"][split]["text_bytes"] for split in SPLITS) / 1e6
-    print(
+    say(
         f"{settings.out}: tokenizer {manifest['tokenizer_hash']} ({vocab_size} pieces), "
         f"{elapsed_s:.1f} s, {megabytes / elapsed_s / settings.workers:.2f} MB/s a process"
     )

@@ -202,6 +202,34 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
 
 
+def open_closed_streams() -> None:
+    """Let standard streams that the caller closed (`>&-`) lead nowhere.
+
+    Otherwise the next file to be opened takes such a descriptor, and whatever a library writes to it.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+
+
+def say(line: str, error: bool = False) -> None:
+    """Print a line on stdout, or stderr for an `error`; a console that takes nothing more is no reason to end."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # full or gone: what is buffered goes nowhere, now and when the process ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2 if error else 1)
+        os.close(nowhere)
+
+
 def _raise_interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -221,6 +249,7 @@ def interrupt_on_terminate() -> Iterator[None]:
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a program's body; returns its exit code: 0, 2 after one line on stderr, or 130 when interrupted."""
+    open_closed_streams()
     try:
         with interrupt_on_terminate():
             command()
@@ -229,9 +258,9 @@ def run_command(command: Callable[[], None]) -> int:
     except OSError as error:
         message = describe_os_error(error)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was kept", file=sys.stderr)
+        say("interrupted; nothing half-written was kept", error=True)
         return EXIT_INTERRUPTED
     else:
         return 0
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}", error=True)
     return EXIT_ERROR

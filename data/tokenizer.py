@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
 from shards import MAX_TOKEN, TOKEN_DTYPE, DataError
 
+if TYPE_CHECKING:
+    import train_gpt
+
 SPACE = "\u2581"
+BOS_ID = 1
 # SentencePiece passes over a whole training line that holds one of the marks it uses itself
 RESERVED_MARKS = str.maketrans({SPACE: " ", "\u2585": " ", "\n": " ", "\r": " ", "\t": " "})
 MAX_LINE_BYTES = 1 << 20
@@ -23,11 +30,13 @@ def tokenizer_hash(pieces: Sequence[str]) -> str:
 
 
 class Tokenizer:
-    """A SentencePiece model held in memory, with its tables of bytes per token.
+    """A SentencePiece model held in memory.
 
     `model` are the bytes of a .model file, `source` its name for messages. Raises DataError if it cannot be
-    loaded, has no BOS piece, or has more than 65,535 pieces.
+    loaded or has more than 65,535 pieces.
     """
+
+    bos_id = BOS_ID  # `require_countable` refuses models of another
 
     def __init__(self, model: bytes, source: str = "tokenizer") -> None:
         try:
@@ -37,16 +46,13 @@ class Tokenizer:
                 f"{source}: not a SentencePiece model, or damaged ({error}); give a whole .model file"
             ) from error
         self.model = model
+        self.source = source
         self.vocab_size = self.processor.vocab_size()
-        self.bos_id = self.processor.bos_id()
         if self.vocab_size > MAX_TOKEN:
             raise DataError(f"{source}: {self.vocab_size} pieces; uint16 shards take at most {MAX_TOKEN}")
-        if self.bos_id < 0:
-            raise DataError(f"{source}: has no BOS piece; train it with bos_id=1")
         self.pieces = [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
         self.hash = tokenizer_hash(self.pieces)
         self._adds_prefix = self.processor.normalize("a").startswith(SPACE)
-        self._base_bytes, self._has_space, self._is_boundary = self._byte_tables()
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
@@ -59,24 +65,9 @@ class Tokenizer:
             ) from error
         return cls(model, str(path))
 
-    def _byte_tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        base_bytes = np.zeros(self.vocab_size, dtype=np.int64)
-        has_space = np.zeros(self.vocab_size, dtype=bool)
-        is_boundary = np.zeros(self.vocab_size, dtype=bool)
-        sp = self.processor
-        for token, piece in enumerate(self.pieces):
-            if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
-                is_boundary[token] = True
-            elif sp.is_byte(token):
-                base_bytes[token] = 1
-            else:
-                has_space[token] = piece.startswith(SPACE)
-                base_bytes[token] = len(piece.removeprefix(SPACE).encode("utf-8"))
-        return base_bytes, has_space, is_boundary
-
     def encode(self, text: str) -> np.ndarray:
         """BOS and the tokens of one document, uint16 (1 + T,); BOS alone if no text is left."""
-        return np.array([self.bos_id, *self.processor.encode(text)], dtype=TOKEN_DTYPE)
+        return np.array([BOS_ID, *self.processor.encode(text)], dtype=TOKEN_DTYPE)
 
     def decode(self, tokens: np.ndarray) -> str:
         """Text of the tokens (T,) of one document."""
@@ -87,29 +78,53 @@ class Tokenizer:
         normalized = self.processor.normalize(text).replace(SPACE, " ")
         return normalized[1:] if self._adds_prefix and normalized else normalized
 
-    def count_target_bytes(self, tokens: np.ndarray) -> int:
-        """UTF-8 bytes that the tokens (T,) stand for when each is scored after the one before it.
+    @functools.cached_property
+    def _scorer(self) -> train_gpt.Tokenizer:
+        """The same model as the training program opens it, which alone knows the rule of bytes.
 
-        A token counts the bytes of its piece without the leading space mark, plus one if it has the mark and
-        does not follow a control or unknown token; byte tokens 1; control and unknown tokens 0. The first
-        token counts no space, for nothing is before it.
+        Imported here, for it takes seconds and worker processes have no need of it. Raises DataError.
         """
-        previous_is_boundary = np.concatenate(([True], self._is_boundary[tokens[:-1]]))
-        spaces = self._has_space[tokens] & ~previous_is_boundary[: tokens.size]
-        return int(self._base_bytes[tokens].sum() + spaces.sum())
+        folder = str(Path(__file__).resolve().parents[1])
+        if folder not in sys.path:
+            sys.path.append(folder)
+        import train_gpt
+
+        try:
+            return train_gpt.Tokenizer(self.source, self.vocab_size, self.model)
+        except train_gpt.UserError as error:
+            raise DataError(str(error)) from error
+
+    def require_countable(self) -> Tokenizer:
+        """This tokenizer; raises DataError, with the reason, if `train_gpt.py` cannot count its bytes."""
+        _ = self._scorer
+        return self
+
+    def count_target_bytes(self, tokens: np.ndarray, before: np.ndarray | None = None) -> int:
+        """UTF-8 bytes of text that the tokens (T,) stand for by the scorer's rule.
+
+        `before` ends with the token before the first one; without it a document starts here. Raises DataError as
+        `require_countable`.
+        """
+        first = [BOS_ID] if before is None or before.size == 0 else before[-1:]
+        previous = np.concatenate((first, tokens[:-1])).astype(TOKEN_DTYPE)[: tokens.size]
+        return int(self._scorer.target_bytes(previous, tokens).sum(dtype=np.int64))
 
     def count_unknown(self, tokens: np.ndarray) -> int:
         """How many of the tokens (T,) are the unknown token."""
         return int(np.count_nonzero(tokens == self.processor.unk_id()))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, keep_whitespace: bool = False) -> Tokenizer:
     """Train a BPE model with byte fallback in the settings of the contest: pad 0, bos 1, eos 2, unk 3.
 
-    The same texts in the same order give the same model, byte for byte. Small corpora may give fewer pieces
-    than asked. Raises DataError if `vocab_size` is too small for the characters of the texts.
+    With `keep_whitespace` the model normalises nothing and has pieces for runs of blanks: it gives every text back,
+    but for the mark U+2581, which it writes spaces with. The same texts in the same order give the same model, byte
+    for byte. Small corpora may give fewer pieces than asked. Raises DataError if `vocab_size` is too small for the
+    characters of the texts.
     """
     model = io.BytesIO()
+    if keep_whitespace:  # line by line: no piece reaches across a line break, which is a byte token
+        texts = (line for text in texts for line in text.split("\n") if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(text.translate(RESERVED_MARKS) for text in texts),
@@ -119,12 +134,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             character_coverage=0.999,
             byte_fallback=True,
             split_digits=True,
-            normalization_rule_name="nmt_nfkc",
+            normalization_rule_name="identity" if keep_whitespace else "nmt_nfkc",
+            remove_extra_whitespaces=not keep_whitespace,
+            allow_whitespace_only_pieces=keep_whitespace,
             add_dummy_prefix=False,
             pad_id=0,
             bos_id=1,
             eos_id=2,
             unk_id=3,
+            required_chars=SPACE,  # text without spaces would leave none, and a space become three byte tokens
             hard_vocab_limit=False,
             max_sentence_length=MAX_LINE_BYTES,
             num_threads=1,  # the number of threads is written into the model

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -17,6 +17,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tools")]
 
 import build_kg  # noqa: E402
+import console  # noqa: E402
+from console import Console  # noqa: E402
 from support import (  # noqa: E402
     TINY_VOCAB,
     VAL_TARGETS,
@@ -24,6 +26,7 @@ from support import (  # noqa: E402
     make_documents,
     run_script,
     tiny_environ,
+    tokenizer_pieces,
     train_tokenizer,
     write_shard,
 )
@@ -68,10 +71,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def blob(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A blob for the tiny tokenizer, whose importance grows with the id."""
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tiny_data / "tokenizer.model"))
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    pieces = tokenizer_pieces(tiny_data / "tokenizer.model")
     path = tmp_path_factory.mktemp("kg") / "blob.txt"
     path.write_text(build_kg.pack({i: i / len(pieces) for i in range(4, len(pieces))}, pieces))
     return path
@@ -84,6 +84,23 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     process = run_script(environ)
     assert process.returncode == 0, process.stderr
     return Run(environ, process)
+
+
+@pytest.fixture
+def at_line(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
+    """Have something done within a run of this process, after the first line of its log that begins so."""
+    return lambda start, action: monkeypatch.setattr(sys, "stdout", Console(sys.stdout, start, action))
+
+
+@pytest.fixture
+def at_backward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Any], Any]], None]:
+    """Have something done before each backward pass of this process, or another loss gone back from."""
+
+    def arrange(action: Callable[[int, Any], Any]) -> None:
+        monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)  # put back when the test is over
+        console.at_backward(action)
+
+    return arrange
 
 
 @pytest.fixture

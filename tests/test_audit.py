@@ -243,7 +243,7 @@ def test_model_that_stays_adapted(
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     neural = audit.Neural(model, config, ttt=True)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "load_state_dict", lambda _: None)
+        patch.setattr(train_gpt.copy, "deepcopy", lambda model: model)
         ok, figure = audit.check_future(audit.Stage("ttt", neural.score, VOCAB), tokens, [170])
     model.load_state_dict(saved)
     assert not ok

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from scipy import stats
-from support import TINY_VOCAB
+from support import TINY_VOCAB, read_events, tiny_environ
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common, run_all, slope_sweep, small_runs
-from tools import report
+from tools import demo_summary, report
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(REPO / "bench").glob("*.py"), *(REPO / "tools").glob("*.py"), *(REPO / "data").glob("*.py")])
@@ -149,8 +149,9 @@ def test_every_job_names_a_script_that_is_there():
     scripts = {path.stem for path in (REPO / "bench").glob("*.py")}
     for jobs in run_all.JOBS.values():
         assert {job.script for job in jobs} <= scripts
-    shared, studies = {"common", "run_all", "small_runs"}, {"fault_campaign", "gpu_check", "packing", "quantization"}
-    studies |= {"ablation", "mixing_quality", "slope_sweep"}  # which take their own time
+    shared = {"common", "golden", "run_all", "small_runs", "tiny"}
+    studies = {"ablation", "fault_campaign", "gpu_check", "mixing_quality", "mutations", "packing", "quantization"}
+    studies |= {"slope_sweep"}  # which take their own time, as those above
     assert scripts - shared - studies == {job.script for job in run_all.JOBS["cpu"]}
 
 
@@ -179,9 +180,8 @@ def test_flops_of_the_record_are_229_million_a_token():
 
 
 def test_outside_git_the_commit_is_unknown(monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "REPO", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert common.git_commit() == "unknown"
+    assert common.git_commit(tmp_path) == "unknown"
 
 
 def written_run(device: str, date: str, value: float, **extra) -> dict:
@@ -258,6 +258,22 @@ def test_slopes_are_compared_by_a_welch_test():
         assert p_values[name] == pytest.approx(expected, abs=1e-12), name
     assert small_runs.spread([1.5]) == {"mean": 1.5, "std": 0.0}
     assert set(slope_sweep.against_best(found, 1).values()) == {None}
+
+
+def test_the_demo_summary_says_what_the_log_says(tiny_data, tmp_path, run_main):
+    """Whatever the artifact's bits and the average are."""
+    options = dict(ITERATIONS=3, ATTN_BITS=5, MLP_BITS=6, WEIGHT_AVERAGE="none", TTT_ENABLED=0)
+    assert run_main(tiny_environ(tiny_data, tmp_path, **options)).returncode == 0
+    rows = {row["event"]: row for row in read_events(tmp_path / "logs" / "run.jsonl")}
+    names = ("final_int8_zlib_roundtrip_exact", "DIAGNOSTIC last_weights", "final_int5_6_roundtrip_exact")
+    final, before, after = (rows[name]["val_bpb"] for name in names)
+    reached, artifact, compressed = demo_summary.summarize_run(tmp_path)
+    assert f" {final:.3f} bits per byte on " in reached
+    assert artifact.endswith(f" from {before:.4f} to {after:.4f}.")
+    assert f" {rows['artifact_bytes']['bytes']:,} bytes" in artifact
+    zstd, xz = (float(word) for word in re.findall(r"(\d\.\d{3}) ", compressed))
+    assert 1 < zstd < 8
+    assert 1 < xz < 8
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)

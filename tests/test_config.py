@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
+import re
 import typing
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import train_gpt
 from train_gpt import RECIPES, Config, ConfigError
 
 # Every value that the design gives to all recipes; the table is copied by hand so that a changed default is seen.
@@ -207,20 +207,26 @@ def test_calibration_needs_a_reserve_and_training_the_rest():
     assert uncapped.training_seconds == 0
 
 
-@pytest.mark.parametrize("name", train_gpt.FIELD_RANGES)
-def test_each_numeric_range_is_enforced_at_both_ends(name):
-    low, high = train_gpt.FIELD_RANGES[name]
-    kind = type(getattr(Config(), name))
-    beyond = [int(low) - 1, int(high) + 1] if kind is int else [low - abs(low) / 2 - 1e-9, high * 1.01]
-    for value in beyond:
-        with pytest.raises(ConfigError, match=rf"^{name.upper()}=.*a value from "):
-            Config.from_env({name.upper(): str(value)})
+@pytest.mark.parametrize(
+    "field", [f for f in dataclasses.fields(Config) if type(f.default) in (int, float)], ids=lambda field: field.name
+)
+def test_every_number_has_a_range_that_is_enforced_at_both_ends(field):
+    """The range is that which the error for an impossible value states; a few numbers have a list of choices."""
+    name, kind = field.name.upper(), type(field.default)
 
+    def refused(value: float) -> str:
+        with pytest.raises(ConfigError, match=rf"^{name}=.* expected ") as caught:
+            Config.from_env({name: str(kind(value))})
+        return str(caught.value).partition(" expected ")[2]
 
-def test_every_number_has_a_range():
-    """A numeric field without a range would accept anything; those with a list of choices need none."""
-    numeric = {f.name for f in dataclasses.fields(Config) if type(f.default) in (int, float)}
-    assert numeric == set(train_gpt.FIELD_RANGES) | {"qat_bits", "attn_bits", "mlp_bits", "embed_bits"}
+    allowed = refused(-1e30)
+    if allowed.startswith("one of "):
+        assert str(field.default) in allowed.removeprefix("one of ").split(", ")
+        return
+    low, high = map(float, re.fullmatch(r"a value from (\S+) to (\S+)", allowed).groups())  # pyright: ignore[reportOptionalMemberAccess]
+    assert low <= field.default <= high
+    for value in (low - 1 if kind is int else low - abs(low) / 2 - 1e-9, high * 1.01 + (kind is int)):
+        assert refused(value) == allowed
 
 
 @pytest.mark.parametrize(("given_name", "meant"), NEAR_MISSES)
@@ -236,15 +242,6 @@ def test_a_misspelt_variable_is_an_error_beside_the_right_one():
         Config.from_env({"MATRIX_LR": "0.02", "MATRX_LR": "0.03"})
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config) if len(field.name) >= 8])
-def test_one_dropped_letter_is_noticed_in_every_longer_name(field):
-    name = field.upper()
-    for position in range(len(name)):
-        misspelt = name[:position] + name[position + 1 :]
-        with pytest.raises(ConfigError, match=misspelt):
-            Config.from_env({misspelt: "1"})
-
-
 @pytest.mark.parametrize("name", ORDINARY_VARIABLES.split())
 def test_ordinary_variables_are_left_alone(name):
     assert Config.from_env({name: "whatever"}) == Config.from_env({})
@@ -252,7 +249,7 @@ def test_ordinary_variables_are_left_alone(name):
 
 @given(
     seed=st.integers(0, 2**63 - 1), matrix_lr=st.floats(0, 10), layers=st.sets(st.integers(0, 10)),
-    run_id=st.text(), choice=st.sampled_from([None, True, False]),
+    run_id=st.text().filter(lambda name: not set(name) & set("/\\\0")), choice=st.sampled_from([None, True, False]),
 )  # fmt: skip
 def test_json_round_trip(seed, matrix_lr, layers, run_id, choice):
     changes = dict(seed=seed, matrix_lr=matrix_lr, ve_layers=tuple(sorted(layers)), run_id=run_id, compile=choice)
@@ -308,7 +305,7 @@ def fits(value: object, kind: object) -> bool:
 @example(name="iterations", value=None)
 @example(name="device", value=None)
 @example(name="run_id", value=["x" * 10_000])
-def test_json_values_are_of_the_annotated_type_or_the_field_is_named(name, value):
+def test_json_values_are_read_as_variables_are_or_the_field_is_named(name, value):
     stored = {**json.loads(Config().to_json()), name: value}
     try:
         config, complaint = Config.from_json(json.dumps(stored)), ""
@@ -319,9 +316,10 @@ def test_json_values_are_of_the_annotated_type_or_the_field_is_named(name, value
         assert len(complaint) < 300
         assert fits(value, HINTS[name]) or "expected" in complaint
     else:
-        assert fits(value, HINTS[name])
         held = getattr(config, name)
-        assert (list(held) if isinstance(held, tuple) else held) == value
+        held = list(held) if isinstance(held, tuple) else held
+        assert fits(held, HINTS[name])
+        assert held == value or not fits(value, HINTS[name])
 
 
 @given(text=st.text(max_size=40))

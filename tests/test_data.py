@@ -1,5 +1,7 @@
 """Data: shards, batches, byte counts and the validation split, against plain computations of the same thing."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import sentencepiece
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import TINY_VOCAB, VAL_TARGETS, make_documents, shared_data, train_tokenizer, write_shard
+from support import TINY_VOCAB, VAL_TARGETS, make_documents, shared_data, tiny_environ, train_tokenizer, write_shard
 
 from train_gpt import (
     BatchPlan,
@@ -336,3 +338,26 @@ def test_validation_ids_beyond_the_vocabulary(tiny_data, tmp_path):
     write_shard(tmp_path / "x_val_0.bin", tokens)
     with pytest.raises(DataError, match=f"token id {TINY_VOCAB}, but VOCAB_SIZE={TINY_VOCAB}"):
         validation(tmp_path, tiny_data)
+
+
+def test_shards_of_another_tokenizer_are_refused(run_main, tiny_data, tmp_path):
+    """Of the same number of pieces, so that every token id fits: both hashes are named, and what to do."""
+    data, digest = tmp_path / "data", Tokenizer(str(tiny_data / "tokenizer.model"), TINY_VOCAB).digest
+    shutil.copytree(tiny_data, data)
+    (data / "manifest.json").write_text(json.dumps({"tokenizer_hash": "0123456789abcdef"}))
+    outcome = run_main(tiny_environ(data, tmp_path))
+    assert outcome.returncode == 2
+    assert outcome.stderr.count("\n") == 1
+    for word in ("0123456789abcdef", digest, str(data), "TOKENIZER_PATH"):
+        assert word in outcome.stderr
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[", '{"tokenizer_hash": "DIGEST"}'])
+def test_the_log_says_when_the_tokenizer_of_shards_cannot_be_known(run_main, tiny_data, tmp_path, content):
+    data, digest = tmp_path / "data", Tokenizer(str(tiny_data / "tokenizer.model"), TINY_VOCAB).digest
+    shutil.copytree(tiny_data, data)
+    if content is not None:
+        (data / "manifest.json").write_text(content.replace("DIGEST", digest))
+    outcome = run_main(tiny_environ(data, tmp_path, EVAL_ONLY=1))  # ends at the missing artifact
+    assert outcome.returncode == 2
+    assert (f"{data / 'manifest.json'} names no tokenizer" in outcome.stdout) == ("DIGEST" not in (content or ""))

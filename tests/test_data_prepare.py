@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import json
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +288,74 @@ def test_all_kinds_of_input_give_the_same_documents(tmp_path: Path, model: Path)
     assert prepared_folder.read_manifest(out)["dropped"]["empty_documents"] == 1
 
 
+def found_texts(folder: Path) -> list[str]:
+    """All documents of a folder, in the order in which they are read."""
+    files, _ = documents.find_files([folder])
+    return [text for path in files for text in documents.read_documents(path)]
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zstd_with_a_long_window_is_read(tmp_path: Path, window_log: int) -> None:
+    """As `zstd --long=31` writes it: here a frame of an ordinary window that claims to need a longer one."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=20, write_content_size=False)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = bytearray(packer.compress(b'{"text": "far away"}\n') + packer.flush())
+    assert frame[5] == (20 - 10) << 3
+    frame[5] = (window_log - 10) << 3
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    assert found_texts(tmp_path) == ["far away"]
+
+
+def test_packed_files_and_upper_case_names_are_read(tmp_path: Path) -> None:
+    row = b'{"text": "row"}\n'
+    (tmp_path / "A.TXT").write_bytes(b"plain")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"pl") + gzip.compress(b"ain, packed") + b"\0" * 99)
+    (tmp_path / "c.md.zst").write_bytes(zstandard.compress(b"marked"))
+    (tmp_path / "d.Jsonl.GZ").write_bytes(gzip.compress(row + row))
+    (tmp_path / "e.JSONL").write_bytes(row)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["cell"]}), tmp_path / "f.PARQUET")
+    assert found_texts(tmp_path) == ["plain", "plain, packed", "marked", "row", "row", "row", "cell"]
+
+
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    """Also those that lie elsewhere, and without end where a link leads back."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "in"
+    elsewhere.mkdir()
+    (folder / "deep").mkdir(parents=True)
+    (elsewhere / "b.txt").write_text("linked")
+    (folder / "deep" / "c.txt").write_text("deep")
+    (folder / "a").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "deep" / "up").symlink_to(folder)
+    (elsewhere / "self").symlink_to(elsewhere)
+    (folder / "file.txt").symlink_to(elsewhere / "b.txt")
+    (folder / "broken.txt").symlink_to(tmp_path / "nowhere")
+    assert found_texts(folder) == ["linked", "deep"]
+
+
+def test_what_is_passed_over_is_counted(
+    tmp_path: Path, model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    (folder / ".git").mkdir(parents=True)
+    corpus.rename(folder / corpus.name)
+    for name in ("a.csv", "b.CSV", "c.py", "noname", ".hidden.txt", ".git/d.txt"):
+        (folder / name).write_text("text")
+    argv = [folder, "--out", tmp_path / "out", "--tokenizer", model, "--workers", 1]
+    assert prepare.main([str(arg) for arg in argv]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    for count in ("2 .csv", "1 .py", "2 hidden", "1 no suffix"):
+        assert count in line
+
+
+def test_a_dotted_parquet_column_is_that_column(tmp_path: Path) -> None:
+    """Not the field of a nested column whose path reads the same."""
+    path = tmp_path / "a.parquet"
+    nested = [{"en": "wrong"}, {"en": "wrong"}]
+    pyarrow.parquet.write_table(pyarrow.table({"text": nested, "text.en": ["right", "right too"]}), path)
+    assert list(documents.read_documents(path, "text.en")) == ["right", "right too"]
+
+
 def test_progress_reaches_the_size_of_every_file(tmp_path: Path) -> None:
     parquet = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": make_texts(1000)}), parquet)
@@ -380,6 +450,125 @@ def test_runs_from_any_folder_and_refuses_without_traceback(
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: out: holds shards named 'text'")
     assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["prepare.py", "fetch_fineweb.py", "demo_corpus.py"])
+def test_isolated_starts_find_the_siblings(tmp_path: Path, script: str) -> None:
+    command = [sys.executable, "-I", str(SCRIPT.parent / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_a_console_that_takes_nothing_changes_nothing(
+    tmp_path: Path, model: Path, corpus: Path, streams: str
+) -> None:
+    """Closed or full: exit codes and files are the same, and no file takes the place of a closed stream."""
+    usual = prepare.Settings([corpus], tmp_path / "usual", tokenizer=model, workers=2)
+    prepare.prepare(usual)
+
+    def call(out: str, *more: str) -> int:
+        command = [sys.executable, str(SCRIPT), str(corpus), "--out", out, "--tokenizer", str(model), "--workers", "2"]
+        line = " ".join(shlex.quote(word) for word in [*command, *more])
+        return subprocess.run(["sh", "-c", f"{line} {streams}"], cwd=tmp_path, timeout=60, check=False).returncode
+
+    assert call("out") == 0
+    assert folder_bytes(tmp_path / "out") == folder_bytes(usual.out)
+    assert call("out", "--name", "other") == 2
+
+
+def play(acts: int) -> str:
+    """A text of `acts` paragraphs of verse, indented, with blank lines between them."""
+    rng, names = random.Random(3), SENTENCE.split()
+    verses = ["\n".join("  " * (i % 3) + " ".join(rng.choices(names, k=7)) for i in range(5)) for _ in range(acts)]
+    return "\n\n".join(verses) + "\n"
+
+
+@pytest.mark.parametrize(("files", "acts"), [(1, 12), (1, 400), (3, 30)])
+def test_a_few_plain_files_are_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: int, acts: int
+) -> None:
+    """One document each: they are cut where paragraphs end, nothing is lost, and one line says so."""
+    paths = [tmp_path / f"{i}.txt" for i in range(files)]
+    for i, path in enumerate(paths):
+        path.write_text(f"File {i}\n\n{play(acts)}", encoding="utf-8")
+    argv = [*paths, "--out", tmp_path / "out", "--train-tokenizer", 340, "--keep-whitespace", "--workers", 1]
+    assert prepare.main([str(arg) for arg in argv]) == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if "paragraph" in line]) == 1
+    train, val = (decode_documents(tmp_path / "out", split) for split in ("train", "val"))
+    assert len(val) < len(train)
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    assert sorted("".join(train + val)) == sorted(text)
+    assert all(part.endswith("\n\n") or any(path.read_text("utf-8").endswith(part) for path in paths) for part in train)
+    assert all(part in text and len(part) >= 250 for part in train + val)
+
+
+def test_documents_stay_whole_where_both_splits_get_some(tmp_path: Path, model: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [f"{i}. {play(40)}" for i in range(200)])
+    prepare.prepare(prepare.Settings([corpus], tmp_path / "out", tokenizer=model))
+    assert sum(len(decode_documents(tmp_path / "out", split)) for split in ("train", "val")) == 200
+
+
+def test_a_text_too_short_to_be_cut_is_named(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("One line.\n\nAnother.\n")
+    argv = [path, "--out", tmp_path / "out", "--tokenizer", model, "--workers", 1]
+    assert_refused(capsys, prepare.main, argv, str(path), "--val")
+
+
+CODE = "def f(x):\n\tif x:\n\t\treturn  x   # ﬁne\r\n\n\n        return\0 None \n"
+
+
+def test_keep_whitespace_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"# {i}\n{CODE}" for i in range(80)]
+    corpus = write_jsonl(tmp_path / "code.jsonl", texts)
+    argv = [str(corpus), "--out", str(tmp_path / "out"), "--train-tokenizer", "320", "--workers", "1"]
+    assert prepare.main([*argv, "--val-fraction", "0.2", "--keep-whitespace"]) == 0
+    assert "normalisation" not in capsys.readouterr().out
+    train, val = (decode_documents(tmp_path / "out", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    counted = sum(manifest["splits"][split]["target_bytes"] for split in ("train", "val"))
+    assert counted == sum(len(text.encode()) for text in texts)
+    pieces = Tokenizer.load(tmp_path / "out" / "tokenizer.model").pieces
+    assert any(piece.startswith("\u2581" * 4) for piece in pieces)
+
+
+def test_what_normalisation_changes_is_reported(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"{i} lines\nand blanks ﬁ" for i in range(1000, 1200)]  # a line break, a ligature of three bytes
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts)
+    argv = [str(corpus), "--out", str(tmp_path / "out"), "--tokenizer", str(model), "--workers", "1"]
+    assert prepare.main([*argv, "--val-fraction", "0.2"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "--keep-whitespace" in line]
+    assert "800 bytes" in line
+    assert f"{4 / len(texts[0].encode()):.2%}" in line
+    argv += ["--overwrite", "--keep-whitespace"]
+    assert_refused(capsys, prepare.main, argv, "--keep-whitespace", "--tokenizer")
+
+
+def test_unreadable_files_are_an_error_or_listed_and_left_out(
+    tmp_path: Path, model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    corpus.rename(folder / "b.jsonl")
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    (folder / "c.jsonl").write_text('{"text": "a good row"}\n{broken\n{"text": "never read"}\n')
+    argv = [str(folder), "--out", str(tmp_path / "out"), "--tokenizer", str(model), "--workers", "1"]
+    assert_refused(capsys, prepare.main, argv, str(folder / "a.txt"), "--skip-unreadable")
+    assert prepare.main([*argv, "--skip-unreadable"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert len(lines) == 2
+    assert f"{folder / 'a.txt'}: not UTF-8" in lines[0]
+    assert f"after 1 document(s): {folder / 'c.jsonl'}:2:" in lines[1]
+    found = [text for split in ("train", "val") for text in decode_documents(tmp_path / "out", split)]
+    assert len(found) == 301
+    assert prepared_folder.check(tmp_path / "out")["left_out"] == ["a.txt", "c.jsonl"]
 
 
 # --- output folders -----------------------------------------------------------------------------------------
@@ -537,6 +726,7 @@ def bad_input(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
+GZ = gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in make_texts(400)).encode())
 ZST = zstandard.compress("".join(json.dumps({"text": t}) + "\n" for t in make_texts(400)).encode())
 
 
@@ -557,6 +747,9 @@ ZST = zstandard.compress("".join(json.dumps({"text": t}) + "\n" for t in make_te
         ("a.jsonl.zst", ZST[:-1], ["truncated"]),
         ("a.jsonl.zst", b"no zstd at all", ["zstd"]),
         ("a.jsonl.zst", ZST + b"garbage after the frame", ["zstd"]),
+        ("a.jsonl.gz", GZ[:-1], ["truncated"]),
+        ("a.jsonl.gz", b"no gzip at all", ["gzip"]),
+        ("a.jsonl.gz", GZ[:-8] + b"\0\0\0\0" + GZ[-4:], ["gzip"]),
         ("a.parquet", b"PAR1 nothing", ["Parquet"]),
     ],
 )

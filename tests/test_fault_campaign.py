@@ -19,8 +19,8 @@ def test_quick_campaign():
     report = json.loads(process.stdout.splitlines()[-1])
     assert report["bad"] == 0
     cases = report["cases"]
-    assert cases["kill -9"]["identical"] >= 3
+    assert cases["kill -9"]["identical"] == 3
     damaged = [row for kind, row in cases.items() if kind != "kill -9"]
-    assert sum(sum(row.values()) for row in damaged) >= 60
-    assert sum(row["clear error"] for row in damaged) > 30
+    assert sum(sum(row.values()) for row in damaged) >= 36
+    assert sum(row["clear error"] for row in damaged) > 18
     assert cases["checkpoints"]["identical"] > 0

@@ -81,10 +81,17 @@ class Place:
 
     def assert_complete(self, hub: Path) -> None:
         published = {path.name: path.read_bytes() for path in (hub / SHARDS).iterdir()}
-        assert {path.name: path.read_bytes() for path in self.data_path.iterdir()} == published
+        arrived = {path.name: path.read_bytes() for path in self.data_path.iterdir()}
+        manifest = json.loads(arrived.pop("manifest.json"))
+        assert arrived == published
         model = hub / "datasets/tokenizers/fineweb_1024_bpe.model"
         assert self.tokenizer_path.read_bytes() == model.read_bytes()
         assert [path.name for path in self.tokenizer_path.parent.iterdir()] == [model.name]
+        files = {name: hashlib.sha256(content).hexdigest() for name, content in published.items()}
+        files[model.name] = hashlib.sha256(model.read_bytes()).hexdigest()
+        assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == files
+        assert manifest["dataset"] == DATASET
+        assert manifest["tokenizer_hash"] == Tokenizer.load(model).hash
 
 
 @pytest.fixture
@@ -170,6 +177,75 @@ def test_a_file_damaged_later_is_replaced_alone(place: Place, hub: Path) -> None
     assert place.fetch(again).fetched == 1
     assert again.asked == ["manifest.json", victim.name]
     place.assert_complete(hub)
+
+
+def test_a_kept_file_is_what_came(place: Place, hub: Path) -> None:
+    """A shard with a whole header is not enough: a shorter one, one of other tokens, one whose origin nobody knows."""
+    place.fetch(CountingSource(hub))
+    shards.write_shard(place.data_path / "fineweb_val_000000.bin", range(1, 20))
+    shards.write_shard(place.data_path / "fineweb_train_000001.bin", [1, 4] * 300)
+    again = CountingSource(hub)
+    place.fetch(again)
+    assert again.asked == ["manifest.json", "fineweb_val_000000.bin", "fineweb_train_000001.bin"]
+    place.assert_complete(hub)
+    (place.data_path / "manifest.json").unlink()
+    assert place.fetch(CountingSource(hub)).fetched == NUM_FILES
+
+
+@pytest.mark.parametrize("change", ["dataset", "source", "tokenizer"])
+def test_shards_of_something_else_are_replaced(place: Place, hub: Path, change: str) -> None:
+    """The names are the same; until the last is replaced nobody is told that they are of the new tokenizer."""
+    place.fetch(CountingSource(hub))
+    source, dataset = hub, DATASET
+    if change == "dataset":
+        dataset = "second"
+        shutil.copytree(hub / SHARDS, hub / SHARDS.parent / dataset)
+        manifest = json.loads((hub / "datasets/manifest.json").read_text())
+        manifest["datasets"].append(manifest["datasets"][0] | {"name": dataset})
+        edit_manifest(hub, manifest)
+    elif change == "source":
+        source = Path(shutil.copytree(hub, hub.parent / "mirror"))
+    else:
+        other = train_tokenizer(["other words make another tokenizer"] * 3, 300).model
+        (hub / "datasets/tokenizers/fineweb_1024_bpe.model").write_bytes(other)
+        place.tokenizer_path.unlink()
+    arguments = dict(dataset=dataset, data_path=place.data_path, tokenizer_path=place.tokenizer_path)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_fineweb.fetch(CountingSource(source, fail_at=1), **arguments)  # pyright: ignore[reportArgumentType]
+    assert "tokenizer_hash" not in json.loads((place.data_path / "manifest.json").read_text())
+    fetcher = fetch_fineweb.fetch(CountingSource(source), **arguments)  # pyright: ignore[reportArgumentType]
+    assert (fetcher.fetched, fetcher.kept) == (2, 3)
+    assert json.loads((place.data_path / "manifest.json").read_text())["dataset"] == dataset
+
+
+def test_shards_that_would_be_read_along_are_refused(
+    place: Place, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left by another dataset that had more of them; those that came from this one before are fine."""
+    assert fetch_fineweb.main(place.argv(hub)) == 0
+    assert fetch_fineweb.main(place.argv(hub, "--train-shards", "1")) == 0
+    stranger = place.data_path / "fineweb_train_000007.bin"
+    shards.write_shard(stranger, [1, 2])
+    assert_refused(capsys, fetch_fineweb.main, place.argv(hub), str(stranger), "move it")
+
+
+def test_a_folder_of_prepared_text_is_not_fetched_into(
+    place: Place, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.data_path.mkdir(parents=True)
+    (place.data_path / "manifest.json").write_text('{"splits": {}}')
+    assert_refused(capsys, fetch_fineweb.main, place.argv(hub), str(place.data_path), "--data-path")
+
+
+def test_datasets_without_a_sentencepiece_model_are_told_apart(
+    place: Place, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((hub / "datasets/manifest.json").read_text())
+    manifest["datasets"].append(manifest["datasets"][0] | {"name": "raw", "tokenizer_name": "pure_byte"})
+    manifest["tokenizers"].append({"name": "pure_byte", "kind": "byte", "vocab_size": 260})
+    edit_manifest(hub, manifest)
+    argv = place.argv(hub, "--dataset", "raw")
+    assert_refused(capsys, fetch_fineweb.main, argv, "raw", "pure_byte", "no SentencePiece model", DATASET)
 
 
 @pytest.mark.parametrize("wanted", [0, 2])

@@ -1,5 +1,6 @@
 """The model computes what the earlier submission 700 computed, from a checkpoint with one matrix a layer."""
 
+import convert_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ def batch():
 def model(batch):
     """With the reference weights, after backward of the training loss."""
     model = train_gpt.GPT(golden_config("model_700"))
-    model.load_earlier(golden_state("model_700"))
+    model.load_state_dict(convert_checkpoint.to_banks(golden_state("model_700"), model.config.num_layers))
     main, _, _ = model.training_losses(*batch, qat=False)
     main.backward()
     return model
@@ -42,7 +43,7 @@ def test_logits_and_losses(model, batch, record):
     with torch.no_grad():
         logits = model.logits(batch[0])
         logp, _, _ = model.token_scores(*batch, tail=96)
-        assert model.loss(*batch).item() == pytest.approx(record["loss_eval_float64"], abs=2e-6)
+        assert model.training_losses(*batch, False)[0].item() == pytest.approx(record["loss_eval_float64"], abs=2e-6)
     rows = logits[tuple(arrays["positions"].T)].numpy()
     np.testing.assert_allclose(rows, arrays["logits_rows"], rtol=0, atol=LOGIT_ATOL)
     np.testing.assert_allclose(-logp.numpy(), arrays["nll"], rtol=0, atol=LOGIT_ATOL)
@@ -68,7 +69,7 @@ def layered_gradients(model: train_gpt.GPT) -> dict[str, torch.Tensor]:
     """Gradients by the names of a checkpoint with one matrix a layer."""
     gradients = {name: grad_of(p) for name, p in model.named_parameters() if name not in train_gpt.BANK_NAMES}
     layers = model.config.num_layers
-    for bank, parts in train_gpt.BANK_PARTS.items():
+    for bank, parts in convert_checkpoint.BANK_PARTS.items():
         for part, matrices in zip(parts, grad_of(model.get_parameter(bank)).split(layers)):
             gradients |= {f"blocks.{layer}.{part}.weight": grad for layer, grad in enumerate(matrices)}
     return gradients

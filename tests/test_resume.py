@@ -14,39 +14,21 @@ from typing import Any
 import build_kg
 import pytest
 import torch
-from support import TINY_VOCAB, Run, event, read_events, run_script, tiny_environ, train_rows, train_tokenizer
-
-import train_gpt
-from train_gpt import Tokenizer, Trainer
+from ranks import run_whole
+from support import (
+    TINY_VOCAB,
+    Run,
+    event,
+    numbers,
+    read_events,
+    results,
+    tiny_environ,
+    tokenizer_pieces,
+    train_rows,
+    train_tokenizer,
+)
 
 RESUMABLE = dict(CHECKPOINT_SECONDS=1e-9, RESUME="auto", TTT_CHUNK_TOKENS=300, TTT_EPOCHS=1)
-
-
-def numbers(rows: list[dict[str, Any]]) -> dict[str, tuple]:
-    """What training computed at each step; of a step taken twice, what it gave the last time."""
-    names = ("train_loss", "grad_norm", "lr_scale", "qat")
-    return {row["event"]: tuple(row[name] for name in names) for row in train_rows(rows)}
-
-
-def results(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {row["event"]: row["val_loss"] for row in rows if row["event"].endswith("_exact")}
-
-
-@pytest.fixture
-def at_step(monkeypatch) -> Callable[[int, Callable[[], object]], None]:
-    """Have something done when training has taken so many steps."""
-    one_step = Trainer.one_step
-
-    def arrange(step: int, action: Callable[[], object]) -> None:
-        def stepped(trainer: Trainer) -> None:
-            one_step(trainer)
-            if trainer.step == step:
-                monkeypatch.setattr(Trainer, "one_step", one_step)
-                action()
-
-        monkeypatch.setattr(Trainer, "one_step", stepped)
-
-    return arrange
 
 
 def signal_self(number: int = signal.SIGTERM) -> Callable[[], None]:
@@ -62,7 +44,7 @@ def whole(tiny_data, tmp_path_factory) -> dict[str, Run]:
     runs = {}
     for name, overrides in MECHANISMS.items():
         environ = tiny_environ(tiny_data, tmp_path_factory.mktemp(name), **overrides)
-        process = run_script(environ)
+        process = run_whole(environ)
         assert process.returncode == 0, process.stderr
         runs[name] = Run(environ, process)
     return runs
@@ -79,16 +61,16 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("name", "step", "number"), [("ema", 7, signal.SIGTERM), ("swarm", 14, signal.SIGINT)])
 def test_a_signal_saves_and_the_rest_is_the_same_to_the_bit(
-    whole, run_main, tmp_path, at_step, name, step, number
+    whole, run_main, tmp_path, at_line, name, step, number
 ):
     """Model, momentum, moments, average, swarm, controls and position: whatever was lost would show in the bytes."""
     uninterrupted = whole[name]
     environ = uninterrupted.environ | dict(OUT_DIR=str(tmp_path), RESUME="auto")
-    at_step(step, signal_self(number))
+    at_line(f"step:{step}/20 ", signal_self(number))
     outcome = run_main(environ)
     assert (outcome.returncode, outcome.stderr) == (128 + number, "")
     last = outcome.stdout.splitlines()[-1]
-    saved = f"{tmp_path}/checkpoints/000001_step{step}.safetensors"
+    saved = f"{tmp_path}/checkpoints/run/000001_step{step}.safetensors"
     assert last.startswith(f"stopped signal:{number.name} step:{step} checkpoint:{saved} ")
     assert not (tmp_path / "final_model.int6.ptz").exists()
 
@@ -109,12 +91,12 @@ def test_a_signal_saves_and_the_rest_is_the_same_to_the_bit(
     assert times == sorted(times)  # the training clock goes on where it stood
 
 
-def test_one_clock_over_a_restart(tiny_data, run_main, tmp_path, at_step):
+def test_one_clock_over_a_restart(tiny_data, run_main, tmp_path, at_line):
     """Time that a run spent before it was interrupted counts against the cap."""
     environ = tiny_environ(
         tiny_data, tmp_path, RESUME="auto", MAX_WALLCLOCK_SECONDS=2, ITERATIONS=10**6, TTT_ENABLED=0, WARMUP_STEPS=1
     )
-    at_step(5, lambda: (time.sleep(1.5), signal_self()()))
+    at_line("step:5/", lambda: (time.sleep(1.5), signal_self()()))
     assert run_main(environ).returncode == 143
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
@@ -131,14 +113,14 @@ def test_another_world_size_goes_on_with_the_same_trajectory(whole, tmp_path, be
     """Banks have 3 or 6 rows, so two and four ranks pad and cut them differently."""
     plan = whole["ema"]
     environ = plan.environ | dict(OUT_DIR=str(tmp_path), RESUME="auto", CHECKPOINT_SECONDS="1e-9", CHECKPOINT_KEEP="99")
-    process = run_script(environ, before)
+    process = run_whole(environ, before)
     assert process.returncode == 0, process.stderr
-    for path in (tmp_path / "checkpoints").iterdir():
+    for path in (tmp_path / "checkpoints" / "run").iterdir():
         if not path.name.startswith("000008_"):
             path.unlink()
     shutil.rmtree(tmp_path / "logs")
     (tmp_path / "final_model.int6.ptz").unlink()
-    process = run_script(environ, after)
+    process = run_whole(environ, after)
     assert process.returncode == 0, process.stderr
     rows = read_events(tmp_path / "logs" / "run.jsonl")
     assert (event(rows, "resumed")["step"], event(rows, "resumed")["saved_by_ranks"]) == (7, before)
@@ -154,7 +136,7 @@ def test_another_world_size_goes_on_with_the_same_trajectory(whole, tmp_path, be
 def test_old_checkpoints_are_removed_and_the_cost_is_logged(tiny_data, run_main, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9, CHECKPOINT_KEEP=3, ITERATIONS=6, TTT_ENABLED=0)
     assert run_main(environ).returncode == 0
-    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.safetensors"))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*/*.safetensors"))
     assert names == ["000005_step4.safetensors", "000006_step5.safetensors", "000007_step6.safetensors"]
     rows = [row for row in read_events(tmp_path / "logs" / "run.jsonl") if row["event"] == "checkpoint"]
     saved = [row for row in rows if "step" in row["file"]]
@@ -162,48 +144,45 @@ def test_old_checkpoints_are_removed_and_the_cost_is_logged(tiny_data, run_main,
     assert all(row["stall_ms"] > 0 and row["write_s"] > 0 and row["bytes"] > 10_000 for row in saved)
     plain = tiny_environ(tiny_data, tmp_path / "plain", CHECKPOINT_SECONDS=0, ITERATIONS=6)
     assert run_main(plain).returncode == 0
-    assert [path.name for path in (tmp_path / "plain" / "checkpoints").glob("*_step*")] == ["000001_step6.safetensors"]
+    names = [path.name for path in (tmp_path / "plain" / "checkpoints" / "run").glob("*_step*")]
+    assert names == ["000001_step6.safetensors"]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, run_main, tmp_path, monkeypatch):
-    """The disk is done with the first checkpoint only when two more steps are taken."""
-    write_whole, one_step, save, passed = train_gpt.write_whole, Trainer.one_step, Trainer.save, threading.Event()
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tiny_data, run_main, tmp_path, monkeypatch, at_line, at_backward
+):
+    """The disk is done with the first checkpoint only when two more steps are taken; none is due in between."""
+    fsync, passed = os.fsync, threading.Event()
     waited: list[bool] = []
 
-    def first_and_last(trainer: Trainer, finished: bool = False) -> None:
-        if finished or trainer.step == 0:
-            save(trainer, finished)
-
-    def stepped(trainer: Trainer) -> None:
-        one_step(trainer)
-        if trainer.step == 2:
-            passed.set()
-
-    def slow(path: Path, content: Any) -> None:
-        if path.name == "000001_step0.safetensors":
+    def slow(descriptor: int) -> None:
+        if not waited:
             waited.append(passed.wait(timeout=20))
-        write_whole(path, content)
+        fsync(descriptor)
 
-    monkeypatch.setattr(Trainer, "one_step", stepped)
-    monkeypatch.setattr(train_gpt, "write_whole", slow)
-    monkeypatch.setattr(Trainer, "save", first_and_last)
-    environ = tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9, ITERATIONS=4, TTT_ENABLED=0)
+    def first_takes_long(number: int, loss: torch.Tensor) -> torch.Tensor:
+        time.sleep(0 if number else 1.5)
+        return loss
+
+    monkeypatch.setattr(os, "fsync", slow)
+    at_backward(first_takes_long)
+    at_line("step:3/4 ", passed.set)
+    environ = tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1.4, ITERATIONS=4, TTT_ENABLED=0)
     assert run_main(environ).returncode == 0
     assert waited == [True]
+    names = [path.name for path in sorted((tmp_path / "checkpoints").glob("*/*_step*"))]
+    assert names == ["000001_step1.safetensors", "000002_step4.safetensors"]
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+def test_what_a_killed_writer_left_is_removed_by_the_next(tiny_data, run_main, tmp_path):
     """The library fills a file of its own making before it takes the name it was given."""
-    (tmp_path / ".tmpabc123").write_bytes(b"half a checkpoint")
-    tensors = {"a": torch.arange(3), "b": torch.zeros(0), "c": torch.tensor(2.5)}
-    tensors |= {"d": torch.ones(2, 2, dtype=torch.uint8)}
-    train_gpt.write_state(tmp_path / "state", tensors, {"step": 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
-    read, meta = train_gpt.unpack_state((tmp_path / "state").read_bytes(), "state")
-    assert meta == {"step": 1}
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    with pytest.raises(OSError, match="I/O error"):
-        train_gpt.write_state(tmp_path / "absent" / "state", tensors, {})
+    folder = tmp_path / "checkpoints" / "run"
+    folder.mkdir(parents=True)
+    (folder / ".tmpabc123").write_bytes(b"half a checkpoint")
+    assert run_main(tiny_environ(tiny_data, tmp_path, ITERATIONS=1, TTT_ENABLED=0, RESUME="auto")).returncode == 0
+    names = {path.name for path in folder.iterdir()}
+    assert "000001_step1.safetensors" in names
+    assert not [name for name in names if name.startswith(".")]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +190,7 @@ def trained(tiny_data, blob, tmp_path_factory) -> tuple[dict[str, str], Path]:
     """A finished short run with its three last checkpoints; tests copy it."""
     folder = tmp_path_factory.mktemp("trained")
     environ = tiny_environ(tiny_data, folder, **RESUMABLE, CHECKPOINT_KEEP=3, ITERATIONS=8, KG_ENABLED=1, KG_PATH=blob)
-    process = run_script(environ)
+    process = run_whole(environ)
     assert process.returncode == 0, process.stderr
     return environ, folder
 
@@ -225,7 +204,7 @@ def copy(trained, tmp_path) -> dict[str, str]:
 
 
 def checkpoint_paths(environ: dict[str, str]) -> list[Path]:
-    return sorted((Path(environ["OUT_DIR"]) / "checkpoints").glob("*_step*.safetensors"))
+    return sorted((Path(environ["OUT_DIR"]) / "checkpoints").glob("*/*_step*.safetensors"))
 
 
 def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_named(copy, trained, run_main):
@@ -234,7 +213,8 @@ def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_named(copy, trai
     content = bytearray(altered.read_bytes())
     content[-5] ^= 1
     altered.write_bytes(content)
-    (Path(copy["OUT_DIR"]) / "final_model.int6.ptz").unlink()
+    for path in Path(copy["OUT_DIR"]).rglob("final_model.int6.ptz"):
+        path.unlink()
     outcome = run_main(copy)
     assert outcome.returncode == 0, outcome.stderr
     lines = outcome.stdout.splitlines()
@@ -281,7 +261,7 @@ def test_another_run_is_not_continued(copy, run_main, tiny_data, tmp_path, overr
     shard = data / "tiny_train_000001.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\5\0")
     train_tokenizer(data / "other.model", TINY_VOCAB, max_sentencepiece_length=3)
-    pieces = Tokenizer(str(tiny_data / "tokenizer.model"), TINY_VOCAB).pieces
+    pieces = tokenizer_pieces(tiny_data / "tokenizer.model")
     (data / "other.txt").write_text(build_kg.pack({i: 1 - i / len(pieces) for i in range(4, len(pieces))}, pieces))
     outcome = run_main(copy | {name: value.format(data=data) for name, value in overrides.items()})
     assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1)
@@ -292,8 +272,10 @@ def test_another_run_is_not_continued(copy, run_main, tiny_data, tmp_path, overr
 def test_what_does_not_change_training_may_change(copy, run_main, tiny_data, tmp_path):
     data = tmp_path / "elsewhere"
     shutil.copytree(tiny_data, data)
-    checkpoint_paths(copy)[-1].unlink()
-    overrides = dict(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", EVAL_STRIDE=16, RUN_ID="other")
+    overrides = dict(
+        DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", EVAL_STRIDE=16, RUN_ID="other",
+        RESUME=checkpoint_paths(copy)[-2],
+    )  # fmt: skip
     outcome = run_main(copy | {name: str(value) for name, value in overrides.items()})
     assert outcome.returncode == 0, outcome.stderr
     assert "resumed step:7 " in outcome.stdout
@@ -318,7 +300,8 @@ def test_calibration_after_a_restart_sees_the_same_tokens(tiny_data, run_main, t
     assert run_main(environ).returncode == 0
     artifact = tmp_path / "final_model.int6.ptz"
     first = artifact.read_bytes()
-    artifact.unlink()
+    for path in (artifact, tmp_path / "checkpoints" / "run" / artifact.name):
+        path.unlink()
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
     assert "quantizer:gptq" in outcome.stdout

@@ -68,7 +68,7 @@ def test_names_inside_an_artifact_lead_nowhere(tiny_run: Run, tiny_data, run_mai
     config = dict.fromkeys(("out_dir", "artifact", "data_path", "tokenizer_path", "kg_path", "resume"), str(escape))
     path = tmp_path / "model.ptz"
     metadata, tensors = artifact_parts(tiny_run.artifact.read_bytes())
-    stored = json.loads(metadata["config"]) | config | {"run_id": "../../escape"}
+    stored = json.loads(metadata["config"]) | config | {"run_id": "escape"}
     path.write_bytes(artifact_of(metadata | {"config": json.dumps(stored)}, tensors))
     environ = tiny_environ(
         tiny_data, tmp_path / "deep" / "out", EVAL_ONLY=1, ARTIFACT=path, CHECKPOINT_SECONDS=1e-9, TTT_ENABLED=0
@@ -82,17 +82,17 @@ def test_names_inside_a_checkpoint_lead_nowhere(tiny_data, run_main, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path / "deep" / "out", ITERATIONS=2, TTT_ENABLED=0, RESUME="auto")
     assert run_main(environ).returncode == 0
     folder = tmp_path / "deep" / "out" / "checkpoints"
-    (path,) = folder.glob("*_step*")
-    tensors, meta = train_gpt.unpack_state(path.read_bytes(), path)
+    (path,) = folder.glob("*/*_step*")
+    state = train_gpt.read_state(path.read_bytes(), path)
     (tmp_path / "deep" / "out" / "final_model.int6.ptz").unlink()
     before = tree(tmp_path)
-    tensors["../../../escape"] = torch.zeros(3)
-    meta["config"] |= {"out_dir": "../../escape", "run_id": "../../escape", "artifact": "../escape"}
-    train_gpt.write_state(path, tensors, meta)
-    (folder / "..000009_step9.safetensors").write_bytes(b"not a name that a run gives")
+    state["../../../escape"] = torch.zeros(3)
+    state["config"] |= {"OUT_DIR": "../../escape", "RUN_ID": "../../escape", "ARTIFACT": "../escape"}
+    train_gpt.write_state(path, state)
+    (path.parent / "..000009_step9.safetensors").write_bytes(b"not a name that a run gives")
     assert run_main(environ).returncode == 0
     added = {str(each.relative_to(tmp_path / "deep" / "out")) for each in tree(tmp_path) - before}
-    assert added == {"final_model.int6.ptz", "checkpoints/..000009_step9.safetensors"}
+    assert added == {"final_model.int6.ptz", "checkpoints/run/..000009_step9.safetensors"}
 
 
 def name_of(requirement: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from golden_support import make_runtime, make_trainer, randomize, tiny_config
+from test_ngram_counts import dictionary_counts
 
 import train_gpt
 from bench import common
@@ -33,26 +33,15 @@ def ratio(fast: Any, plain: Any, repeats: int = 5) -> float:
     return min(seconds["plain"]) / max(min(seconds["fast"]), 1e-9)
 
 
-def counts_by_dictionary(tokens: np.ndarray, order: int) -> list[tuple[int, int]]:
-    """C and F of each target, token by token."""
-    contexts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-    found, plain = [], tokens.tolist()
-    for i in range(order - 1, len(plain)):
-        seen = contexts[tuple(plain[i - order + 1 : i])]
-        found.append((seen.total(), seen[plain[i]]))
-        seen[plain[i]] += 1
-    return found
-
-
 def test_counting_by_sorting_beats_dictionaries():
     tokens, orders = synthetic_tokens(12_000), 6
     exact = train_gpt.causal_ngram_counts(tokens, orders)[orders - 1]
-    pairs = list(zip(exact.context_count.tolist(), exact.target_count.tolist()))
-    assert pairs[orders - 1 :] == counts_by_dictionary(tokens, orders)
+    expected = dictionary_counts(tokens.tolist(), orders)
+    np.testing.assert_array_equal([exact.context_count, exact.target_count], expected[:2])
 
     def plain() -> None:
         for order in range(1, orders + 1):
-            counts_by_dictionary(tokens, order)
+            dictionary_counts(tokens.tolist(), order)
 
     assert ratio(lambda: train_gpt.causal_ngram_counts(tokens, orders), plain, 3) > 4
 
@@ -65,8 +54,10 @@ def test_mixing_beats_a_loop_over_tokens():
     def plain() -> None:
         TableMixer().mix(tokens[: few + 1], logp[:few], entropy[:few])
 
+    mixer = train_gpt.BackoffNgramMixer(train_gpt.Config())
+
     def fast() -> None:
-        train_gpt.mix_scores(train_gpt.BackoffNgramMixer(), tokens, logp, entropy)
+        train_gpt.mix_scores(mixer, torch.from_numpy(tokens).long(), logp, entropy)
 
     assert ratio(fast, plain, 3) * (len(logp) / few) > 8  # a token
 
@@ -187,7 +178,7 @@ def longest_pause_s(action: Callable[[], object]) -> float:
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path):
     """The library's `save` would hold every other thread up for as long as it takes."""
     tensors = {str(index): torch.randn(4_000_000) for index in range(8)}
-    ours = functools.partial(train_gpt.write_state, tmp_path / "state", tensors, {})
+    ours = functools.partial(train_gpt.write_state, tmp_path / "state", tensors)
     theirs = functools.partial(safetensors.torch.save, tensors)
     pauses, reference = (min(longest_pause_s(action) for _ in range(3)) for action in (ours, theirs))
     assert pauses < reference / 2

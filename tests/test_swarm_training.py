@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_support import make_trainer, random_ids, randomize, tiny_config
-from support import event, events_of, run_script, tiny_environ, train_rows
+from ranks import run_whole
+from support import event, events_of, tiny_environ, train_rows
 
 import swarm_agents
 import train_gpt
@@ -143,7 +144,7 @@ def test_two_ranks_decide_and_train_as_one(tiny_data, blob, tmp_path):
     runs = {}
     for nproc in (1, 2):
         environ = tiny_environ(tiny_data, tmp_path / str(nproc), KG_PATH=blob, **SWARM)
-        process = run_script(environ, nproc)
+        process = run_whole(environ, nproc)
         assert process.returncode == 0, process.stderr
         decisions = [line.rsplit(",", 1)[0] for line in process.stdout.splitlines() if line.startswith("  cycle ")]
         runs[nproc] = events_of(environ), decisions

@@ -15,10 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPO, VAL_TARGETS, Run, event, events_of, read_events, run_script, tiny_environ, train_rows
+from ranks import run_whole
+from support import (
+    REPO,
+    VAL_TARGETS,
+    Run,
+    artifact_of,
+    artifact_parts,
+    event,
+    events_of,
+    read_events,
+    run_script,
+    tiny_environ,
+    train_rows,
+)
 
 import train_gpt
-from train_gpt import BANK_NAMES, Config, Trainer, load_artifact
+from train_gpt import BANK_NAMES, Config, load_artifact
 
 
 def names_of(events: list[dict]) -> list[str]:
@@ -34,7 +47,7 @@ def same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def numbers(rows: list[dict]) -> list[tuple]:
+def trajectory(rows: list[dict]) -> list[tuple]:
     """What training computed, without what the clock says."""
     return [(row["event"], row["train_loss"], row["grad_norm"], row["lr_scale"], row["qat"]) for row in rows]
 
@@ -60,7 +73,7 @@ def train(run_main, tiny_data, tmp_path):
 def test_every_world_size_takes_the_same_steps(tiny_run: Run, tmp_path, nproc):
     """The batch is 12 sequences; micro-batches, bank padding and validation shares differ with each world size."""
     environ = {**tiny_run.environ, "OUT_DIR": str(tmp_path)}
-    process = run_script(environ, nproc)
+    process = (run_script if nproc == 2 else run_whole)(environ, nproc)  # once by torchrun, as users do
     assert process.returncode == 0, process.stderr
     alone, together = tiny_run.events, events_of(environ)
     assert names_of(together) == names_of(alone)
@@ -92,12 +105,12 @@ def test_the_run_learns(tiny_run: Run):
 def test_one_seed_gives_one_run_and_another_seed_another(run_main, tiny_data, tiny_run: Run, tmp_path):
     """Bit for bit, in this process and against the run in a process of its own."""
     trajectories, weights = [], []
-    for seed in (1337, 1337, 1338):
-        environ = tiny_environ(tiny_data, tmp_path, SEED=seed, VAL_LOSS_EVERY=10)
+    for number, seed in enumerate((1337, 1337, 1338)):
+        environ = tiny_environ(tiny_data, tmp_path / str(number), SEED=seed, VAL_LOSS_EVERY=10)
         assert run_main(environ).returncode == 0
-        trajectories.append(numbers(train_rows(events_of(environ))))
-        weights.append(weights_of(tmp_path))
-    assert trajectories[0] == trajectories[1] == numbers(train_rows(tiny_run.events))
+        trajectories.append(trajectory(train_rows(events_of(environ))))
+        weights.append(weights_of(tmp_path / str(number)))
+    assert trajectories[0] == trajectories[1] == trajectory(train_rows(tiny_run.events))
     assert same_weights(weights[0], weights[1])
     assert same_weights(weights[0], weights_of(tiny_run.out_dir))
     assert trajectories[0][0] != trajectories[2][0]
@@ -109,12 +122,11 @@ def test_one_seed_gives_one_run_and_another_seed_another(run_main, tiny_data, ti
     [{"WARMUP_STEPS": 2}, {"VAL_LOSS_EVERY": 3}, {"VAL_TOKENS": 100, "EVAL_STRIDE": 32}, {"EVAL_BATCH_SEQS": 3}],
     ids=["warmup", "validation", "less validation", "evaluation batch"],
 )
-def test_what_must_not_change_training(train, overrides):
+def test_what_must_not_change_training(train, tiny_run: Run, overrides):
     """Warm-up steps (with QAT on and off) are undone to the bit, and validation only looks."""
-    plain, plain_dir = train()
-    changed, changed_dir = train(**overrides)
-    assert numbers(train_rows(changed)) == numbers(train_rows(plain))
-    assert same_weights(weights_of(changed_dir), weights_of(plain_dir))
+    changed, folder = train(TTT_ENABLED=0, **overrides)
+    assert trajectory(train_rows(changed)) == trajectory(train_rows(tiny_run.events))
+    assert same_weights(weights_of(folder), weights_of(tiny_run.out_dir))
     if "WARMUP_STEPS" in overrides:
         assert event(changed, "warmup")["steps"] == 2
     if overrides.get("VAL_LOSS_EVERY"):
@@ -123,11 +135,10 @@ def test_what_must_not_change_training(train, overrides):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2, 12])
-def test_micro_batches_change_nothing(train, accumulated):
-    plain, _ = train()
-    changed, _ = train(MICRO_BATCH_TOKENS=12 * 32 // accumulated)
+def test_micro_batches_change_nothing(train, tiny_run: Run, accumulated):
+    changed, _ = train(MICRO_BATCH_TOKENS=12 * 32 // accumulated, TTT_ENABLED=0)
     assert event(changed, "batch")["grad_accum_steps"] == accumulated
-    for row, other in zip(train_rows(changed), train_rows(plain), strict=True):
+    for row, other in zip(train_rows(changed), train_rows(tiny_run.events), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
 
 
@@ -154,18 +165,11 @@ def test_the_clock_ends_a_run_within_a_step(train):
     assert "val_bpb" in event(events, "final_int8_zlib_roundtrip_exact")
 
 
-def test_the_clock_stands_still_while_validating(train, monkeypatch):
-    validate = Trainer.validate
-
-    def slow(trainer: Trainer) -> None:
-        time.sleep(0.7)
-        validate(trainer)
-
-    monkeypatch.setattr(Trainer, "validate", slow)
-    events, _ = train(ITERATIONS=4, VAL_LOSS_EVERY=2, MAX_WALLCLOCK_SECONDS=60)
-    last = [row for row in events if row["event"] == "step:4/4"]
-    assert len(last) == 2
-    assert all(row["train_time_ms"] < 700 for row in last)
+def test_the_clock_stands_still_while_validating(train, at_line):
+    for step in (2, 4):
+        at_line(f"step:{step}/6 val_loss:", lambda: time.sleep(0.7))
+    events, _ = train(ITERATIONS=6, VAL_LOSS_EVERY=2, MAX_WALLCLOCK_SECONDS=60)
+    assert all(row["train_time_ms"] < 700 for row in events if row["event"].startswith("step:"))
 
 
 def test_two_ranks_stop_at_the_same_step(tiny_data, tmp_path):
@@ -173,7 +177,7 @@ def test_two_ranks_stop_at_the_same_step(tiny_data, tmp_path):
     environ = tiny_environ(
         tiny_data, tmp_path, MAX_WALLCLOCK_SECONDS=0.6, ITERATIONS=1_000_000, WARMDOWN_ITERS=5, VAL_LOSS_EVERY=7
     )
-    process = run_script(environ, nproc=2)
+    process = run_whole(environ, 2)
     assert process.returncode == 0, process.stderr
     check_cap(events_of(environ), 600)
 
@@ -321,6 +325,19 @@ def test_the_ledger_is_what_lies_on_disk(tiny_run: Run):
         assert re.search(f"^{line}$", tiny_run.process.stdout, re.MULTILINE), line
 
 
+def test_the_limit_is_the_last_size_that_fits(run_main, tiny_data, tmp_path, monkeypatch):
+    """The artifact of a run that goes on is counted as well."""
+    environ = tiny_environ(tiny_data, tmp_path, ITERATIONS=1, TTT_ENABLED=0, RESUME="auto")
+    assert run_main(environ).returncode == 0
+    total = event(read_events(tmp_path / "logs" / "run.jsonl"), "total_bytes")["bytes"]
+    for limit, code in ((total, 0), (total - 1, 2)):
+        monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", limit)
+        outcome = run_main(environ)
+        assert outcome.returncode == code, outcome.stderr
+        assert f"Total submission size int6+zstd: {total} bytes" in outcome.stdout
+    assert re.search(rf"\b1 bytes over {total - 1}\b.*FIT_BYTES=1.*fewer layers", outcome.stderr)
+
+
 def test_too_large_ends_the_run_before_scoring_unless_it_may_be_made_to_fit(
     run_main, tiny_run: Run, tiny_data, tmp_path, monkeypatch
 ):
@@ -332,23 +349,24 @@ def test_too_large_ends_the_run_before_scoring_unless_it_may_be_made_to_fit(
     assert "Serialized model int6+brotli" in outcome.stdout
     assert "final_int6" not in outcome.stdout
     assert re.fullmatch(r"error: the submission is \d+ bytes over \d+; set FIT_BYTES=1 .*\n", outcome.stderr)
-    outcome = run_main(tiny_environ(tiny_data, tmp_path, **(settings | dict(FIT_BYTES=1))))
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, **(settings | dict(FIT_BYTES=1, RUN_ID="fitted"))))
     assert outcome.returncode == 0, outcome.stderr
-    events = read_events(tmp_path / "logs" / "run.jsonl")
+    events = read_events(tmp_path / "logs" / "fitted.jsonl")
     total, fitted = next(row for row in events if "limit" in row and "bytes" in row), event(events, "packing")
     assert total["bytes"] <= train_gpt.SIZE_LIMIT_BYTES
     assert fitted["clip_std"] > 3
     assert math.isfinite(event(events, "final_int8_zlib_roundtrip_exact")["val_bpb"])
 
 
-def test_an_artifact_of_other_code_is_scored_with_a_note(run_main, tiny_run: Run, tiny_data, tmp_path, monkeypatch):
+def test_an_artifact_of_other_code_is_scored_with_a_note(run_main, tiny_run: Run, tiny_data, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path, EVAL_ONLY=1, ARTIFACT=tiny_run.artifact)
     before = run_main(environ)
-    monkeypatch.setattr(train_gpt, "code_digest", lambda: "0" * 16)
-    after = run_main(environ)
+    metadata, tensors = artifact_parts(tiny_run.artifact.read_bytes())
+    (tmp_path / "other.ptz").write_bytes(artifact_of(metadata | {"code": "0" * 16}, tensors))
+    after = run_main(environ | {"ARTIFACT": str(tmp_path / "other.ptz")})
     assert before.returncode == after.returncode == 0
     assert "note: other code" not in before.stdout
-    assert re.search(r"\nnote: other code wrote this artifact \([0-9a-f]{16}\) than reads it \(0+\)\n", after.stdout)
+    assert re.search(r"\nnote: other code wrote this artifact \(0{16}\) than reads it \([0-9a-f]{16}\)\n", after.stdout)
     assert before.stdout.splitlines()[-1] == after.stdout.splitlines()[-1]
 
 
@@ -357,7 +375,7 @@ EXACT = r"\d+\.\d{8}"
 LINES = [
     r"environment python:\d+\.\d+\.\S+ torch:\S+ cuda:\S+ world_size:1 device:cpu .* attention:sdpa",
     r"config recipe:leaky seed:1337 .*matrix_lr:0\.027.*",
-    r"validation targets:\d+ bytes:\d+",
+    r"validation targets:\d+ bytes:\d+ digest:[0-9a-f]{16}",
     r"track:adaptive",
     r"train_shards count:2 tokens:\d+",
     r"model parameters:\d+",
@@ -366,7 +384,7 @@ LINES = [
     rf"step:20/20 val_loss:{NUMBER} val_bpb:{NUMBER} train_time:\d+ms step_avg:\d+\.\d\dms",
     r"peak memory allocated: \d+ MiB.*",
     rf"DIAGNOSTIC post_ema val_loss:{NUMBER} val_bpb:{NUMBER} eval_time:\d+ms",
-    rf"packing payload:\d+ entropy_bound:\d+ ratio:{NUMBER} clip_std:{NUMBER} .*prune_fraction:{NUMBER}",
+    rf"packing payload:\d+ order0_entropy:\d+ ratio:{NUMBER} clip_std:{NUMBER} .*prune_fraction:{NUMBER}",
     r"quantization time:\d+\.\ds .*",
     r"Serialized model int6\+zstd: \d+ bytes",
     r"Code size: \d+ bytes.*",
@@ -457,4 +475,4 @@ def test_run_id_names_the_files(train, run_main, tiny_data, tmp_path):
     assert run_main(tiny_environ(tiny_data, tmp_path, ITERATIONS=1, RUN_ID=None)).returncode == 0
     names = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert len(names) == 2
-    assert all(re.fullmatch(r"leaky_seed1337_\d{8}-\d{6}\.(txt|jsonl)", name) for name in names)
+    assert all(re.fullmatch(r"leaky_seed1337_[0-9a-f]{6}\.(txt|jsonl)", name) for name in names)

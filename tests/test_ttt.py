@@ -13,10 +13,6 @@ import hashlib
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +22,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_support import golden_json, golden_parameter, golden_state
+from ranks import call_in_ranks
 from torch import Tensor
 
 import train_gpt
 from train_gpt import GPT, Config, ConfigError, Runtime, TestTimeTrainer, TokenScores
 
-REPO = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 # 300 targets, chunks of 72, windows of 24: four chunks of three sequences (a batch of two, a batch of one), and a rest.
@@ -45,22 +42,13 @@ NUM_TARGETS = 300
 CHUNKS = [(0, 72), (72, 144), (144, 216), (216, 288), (288, 300)]
 
 
-def formula_values(name: str, count: int) -> np.ndarray:
-    """`count` numbers in [-1, 1), float64, that depend on the name alone; the golden vectors were made of them."""
-    x = (np.arange(count, dtype=np.uint64) + zlib.crc32(name.encode())) % (1 << 32)
-    for _ in range(2):
-        x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x045D9F3B)) % (1 << 32)
-    return (x ^ (x >> np.uint64(16))) / 2.0**31 - 1
-
-
 def lively_model(config: Config = CONFIG) -> GPT:
     """A model whose every parameter is non-zero, so that each part of it can move."""
     model = GPT(config, initialize=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             center, amp = (1.0, 0.3) if parameter.ndim < 2 else (0.0, math.sqrt(3 / parameter.shape[-1]))
-            values = center + amp * formula_values(name, parameter.numel())
-            parameter.copy_(torch.from_numpy(values.astype(np.float32)).view(parameter.shape))
+            parameter.copy_(golden_parameter(name, tuple(parameter.shape), center, amp))
     return model
 
 
@@ -82,34 +70,27 @@ STREAM = make_stream(make_tokens(), np.random.default_rng(1).integers(0, 6, NUM_
 def adapt(config: Config, model: GPT | None = None, stream: Any = STREAM) -> tuple[TokenScores, dict[str, Tensor]]:
     """The scores, and the weights as they were when the last chunk was scored."""
     model = lively_model(config) if model is None else model
-    kept: dict[str, Tensor] = {}
-    restore = model.load_state_dict
+    trainers: list[TestTimeTrainer] = []
 
-    def keep_and_restore(saved: dict[str, Tensor]) -> Any:
-        kept.update({name: value.clone() for name, value in model.state_dict().items()})
-        return restore(saved)
+    class Remembered(TestTimeTrainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            trainers.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "load_state_dict", keep_and_restore)
+        patch.setattr(train_gpt, "TestTimeTrainer", Remembered)
         scores = train_gpt.score_then_adapt(model, config, Runtime(config, {}), stream)
-    return scores, kept
+    return scores, trainers[0].model.state_dict()
 
 
 # ---- the earlier submission --------------------------------------------------------------------------------------
 
 
 def golden_parameters() -> dict[str, Tensor]:
-    recorded = json.loads((GOLDEN / "model_1081.json").read_text())
-    state = {}
-    for name, row in recorded["params"].items():
-        if name.startswith("mtp_heads"):
-            continue
-        shape = recorded["state_dict"][name]
-        count = math.prod(shape)
-        center = np.repeat([1.0, 0.0], count // 2) if row["center"] is None else row["center"]
-        values = (center + row["amp"] * formula_values(name, count)).astype("<f4")
-        assert hashlib.sha256(values.tobytes()).hexdigest()[:16] == row["sha256"]
-        state[name] = torch.from_numpy(values).view(shape)
+    recorded = golden_json("model_1081")["params"]
+    state = {name: value for name, value in golden_state().items() if not name.startswith("mtp_heads")}
+    for name, value in state.items():
+        assert hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16] == recorded[name]["sha256"]
     return state
 
 
@@ -333,8 +314,9 @@ def test_polyak_average_is_swapped_in_and_out() -> None:
         scorer = train_gpt.WindowScorer(trainer.model, trainer.config, trainer.runtime, STREAM.tokens)
         trainer.train_on(scorer, range(0, 24), 0.1)
     second = [p.clone() for p in twice.trained]
-    with twice.averaged():
-        inside = [p.clone() for p in twice.trained]
+    twice.swap_average()
+    inside = [p.clone() for p in twice.trained]
+    twice.swap_average()
     assert all(torch.equal(a, b) for a, b in zip(twice.trained, second))
     for a, b, c, mean in zip(start, once.trained, second, inside):
         torch.testing.assert_close(mean, a / 4 + b / 4 + c / 2)
@@ -481,24 +463,12 @@ def test_chunk_shorter_than_a_window_is_refused() -> None:
 
 # ---- ranks -------------------------------------------------------------------------------------------------------
 
-RANK_PROGRAM = """
-import json, os, sys
-sys.path[:0] = json.loads(sys.argv[1])
-import dataclasses, numpy as np, torch, train_gpt, test_ttt
-torch.set_num_threads(1)
-
-def score_all(runtime):
-    for name, options in json.loads(sys.argv[3]).items():
-        config = dataclasses.replace(test_ttt.CONFIG, **options)
-        scores = train_gpt.score_then_adapt(test_ttt.lively_model(config), config, runtime, test_ttt.STREAM)
-        np.savez(f"{sys.argv[2]}/{name}{runtime.rank}.npz", **scores._asdict())
-
-def main():  # a process group that is still referred to when Python exits may abort the process
-    with train_gpt.Runtime(test_ttt.CONFIG, os.environ) as runtime:
-        score_all(runtime)
-
-main()
-"""
+def save_scores(folder: str, cases: dict[str, dict[str, Any]]) -> None:
+    with train_gpt.Runtime(CONFIG, os.environ) as runtime:
+        for name, options in cases.items():
+            config = dataclasses.replace(CONFIG, **options)
+            scores = train_gpt.score_then_adapt(lively_model(config), config, runtime, STREAM)
+            np.savez(f"{folder}/{name}{runtime.rank}.npz", **scores._asdict())
 
 
 def test_two_ranks_score_as_one(tmp_path: Path) -> None:
@@ -507,14 +477,8 @@ def test_two_ranks_score_as_one(tmp_path: Path) -> None:
         "sgd": {},
         "adamw": {"ttt_optimizer": "adamw", "ttt_lr": 0.003, "ttt_byte_weighted": True, "polyak_decay": 0.8},
     }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folders = json.dumps([str(REPO), str(REPO / "tests")])
-    command = [sys.executable, "-c", RANK_PROGRAM, folders, str(tmp_path), json.dumps(cases)]
-    shared = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks = [subprocess.Popen(command, env=shared | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    ranks = call_in_ranks([os.environ] * 2, save_scores, str(tmp_path), cases)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     for name, options in cases.items():
         alone = adapt(dataclasses.replace(CONFIG, **options))[0]
         for rank in range(2):

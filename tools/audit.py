@@ -172,15 +172,6 @@ class Neural:
         return np.exp(self.run(tokens).sampled[row].astype(np.float64))
 
 
-class DistributionProbe(train_gpt.MassProbe):
-    """The run's own probe of the mixture's mass, which also keeps the distributions (S, V) that it adds up."""
-
-    def finish(self, log_odds: np.ndarray) -> None:
-        super().finish(log_odds)
-        mixed = train_gpt.blend(self.logp, self.learned, log_odds[self.position - 1, None])
-        self.distributions = np.exp(mixed)
-
-
 class Mixed:
     """A mixer on a neural stage; unless `whole`, its blocks are cut for short streams."""
 
@@ -190,12 +181,12 @@ class Mixed:
     def mix(self, tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, probe: Any = None) -> np.ndarray:
         mixer = train_gpt.make_mixer(self.config)
         assert mixer is not None
-        tokens = tokens.astype(np.int64)
+        ids = torch.from_numpy(tokens.astype(np.int64))
         if self.whole:
-            return train_gpt.mix_scores(mixer, tokens, logp, entropy, probe)
+            return train_gpt.mix_scores(mixer, ids, logp, entropy, probe)
         if isinstance(mixer, train_gpt.HedgeMixer):  # it leaves its first 10,000 targets to the neural model
-            mixer = dataclasses.replace(mixer, min_tokens=MIX_BLOCK)
-        return train_gpt.mix_scores(mixer, tokens, logp, entropy, probe, MIX_BLOCK)
+            mixer.min_tokens = MIX_BLOCK
+        return train_gpt.mix_scores(mixer, ids, logp, entropy, probe, MIX_BLOCK)
 
     def score(self, tokens: np.ndarray) -> Scores:
         """Mixed logp, neural entropy and neural logp, (N,)."""
@@ -205,7 +196,7 @@ class Mixed:
     def claim(self, tokens: np.ndarray, target: int) -> np.ndarray:
         scores = self.neural.run(tokens)
         row = np.searchsorted(train_gpt.sample_targets(len(tokens) - 1), [target])
-        probe = DistributionProbe(np.array([target + 1]), scores.sampled[row], scores.entropy[[target]])
+        probe = train_gpt.MassProbe(np.array([target + 1]), scores.sampled[row], scores.entropy[[target]])
         self.mix(tokens, scores.logp, scores.entropy, probe)
         return probe.distributions[0]
 
@@ -511,6 +502,15 @@ def split_documents(tokens: np.ndarray) -> list[list[int]]:
     return [[token for token in document if token != train_gpt.BOS_ID] for document in documents]
 
 
+def decode_document(model: Any, document: Sequence[int]) -> str:
+    """Text of a document's tokens by SentencePiece's own decoder, which knows nothing of the rule that a run counts by.
+
+    Unknown tokens, whose text is lost, cut it in parts; a space mark that byte tokens spell out is a space.
+    """
+    parts = itertools.groupby(document, key=lambda token: token == model.unk_id())
+    return "".join(model.decode(list(part)) for unknown, part in parts if not unknown).replace("▁", " ")
+
+
 def check_bytes(validation: Any, decode: Callable[[list[int]], str]) -> Verdict:
     """The bytes that scores are divided by are those of the decoded text."""
     documents = split_documents(validation.tokens)
@@ -734,7 +734,7 @@ def check_shards_untouched(opened: Sequence[str]) -> Verdict:
 
 def unpack(artifact: bytes) -> tuple[dict[str, str], bytes]:
     """Metadata and tensor bytes; safetensors writes the former in an order of its own."""
-    payload = train_gpt.decompress(artifact[: -len(train_gpt.seal(b""))])
+    payload = train_gpt.unpack_artifact(artifact)[0]
     stop = 8 + int.from_bytes(payload[:8], "little")
     return json.loads(payload[8:stop]), payload[stop:]
 
@@ -893,7 +893,8 @@ def audit_artifact(report: Report, artifact: Path, arguments: argparse.Namespace
         data_config = dataclasses.replace(config, data_path=str(arguments.data), val_tokens=0)
         validation = train_gpt.ValidationSet(data_config, tokenizer)
         material = validation.tokens[:400].astype(np.int64)
-        audit_accounting(report, validation, tokenizer.model.decode, model, config)
+        decode = functools.partial(decode_document, tokenizer.model)
+        audit_accounting(report, validation, decode, model, config)
     if len(material) < STREAM_TARGETS + 1:
         raise train_gpt.UserError(f"--data {arguments.data} has {len(material)} validation tokens; 400 are needed")
     tokens = make_stream(material, STREAM_TARGETS + 1)

@@ -57,8 +57,8 @@ def summarize_run(folder: Path) -> list[str]:
     zstd = 8 * len(zstandard.ZstdCompressor(level=22).compress(text)) / len(text)
     xz = 8 * len(lzma.compress(text, preset=9)) / len(text)
     size = events["artifact_bytes"]["bytes"]
-    before = events[f"DIAGNOSTIC post_{config.weight_average}"]["val_bpb"]
-    after = events[f"final_int{config.qat_bits or 6}_roundtrip_exact"]["val_bpb"]
+    before = next(row for name, row in events.items() if name.startswith("DIAGNOSTIC "))["val_bpb"]
+    after = events[f"final_{config.bits_label}_roundtrip_exact"]["val_bpb"]
     return [
         f"Reached: {final:.3f} bits per byte on {len(text):,} bytes of text the model never saw.",
         f"The artifact is {size:,} bytes; quantization changed the score from {before:.4f} to {after:.4f}.",

@@ -90,6 +90,14 @@ class SeedRun:
         return {name: value for name, value in row.items() if name != "event"}
 
     @property
+    def text(self) -> dict[str, Any]:
+        """What was scored: targets, bytes, and the digest of text and tokenizer, absent from logs of older code."""
+        row = next((row for row in self.rows if row["event"] == "validation"), None)
+        if row is None:
+            raise SubmissionError(f"{self.path} has no row 'validation' (targets and bytes that were scored)")
+        return {f"validation {name}": row.get(name) for name in ("targets", "bytes", "digest")}
+
+    @property
     def partial(self) -> bool:
         return "partial" in str(self.rows[-1].get("note", ""))
 
@@ -131,6 +139,8 @@ def check_run(run: SeedRun, figures: dict[str, Any], record: bool) -> None:
             raise SubmissionError(f"{run.path}: {figures[name]:.1f} s of {what}, at most {BUDGET_S:.0f} are allowed")
     if record and run.partial:
         raise SubmissionError(f"{run.path} scores a part of the validation split (VAL_TOKENS); --non-record allows it")
+    if record and run.text["validation digest"] is None:
+        raise SubmissionError(f"{run.path} does not say which text it scored (no digest); --non-record allows it")
 
 
 def check_alike(run: SeedRun, first: SeedRun, fields_of: Callable[[SeedRun], dict[str, Any]]) -> None:
@@ -154,6 +164,7 @@ def check_together(runs: Sequence[SeedRun], record: bool) -> None:
     for run in others:
         check_alike(run, first, lambda each: {name.upper(): value for name, value in each.config.items()})
         check_alike(run, first, lambda each: each.environment)
+        check_alike(run, first, lambda each: each.text)
         check_alike(run, first, lambda each: dict(zip(("code bytes",), each.last("code_bytes", "bytes"))))
         if run.partial != runs[0].partial:
             raise SubmissionError(f"{run.path} and {runs[0].path} do not score the same part of the validation split")

@@ -1,8 +1,8 @@
-"""Make README's performance table from what bench/run_all.py wrote, and its recipe table from train_gpt.RECIPES.
+"""Make README's performance table from what bench/run_all.py wrote, and docs/settings.md from train_gpt.Config.
 
     python tools/report.py             # print the performance table
     python tools/report.py --recipes   # print what each recipe sets
-    python tools/report.py --write     # put it between README's two markers
+    python tools/report.py --write     # put the table between README's two markers, and write docs/settings.md
 
 For each device the newest file bench/results/<device>-*.json counts. README marks the place by the lines
 <!-- performance --> and <!-- /performance -->.
@@ -11,6 +11,7 @@ For each device the newest file bench/results/<device>-*.json counts. README mar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
+SETTINGS = REPO / "docs" / "settings.md"
+sys.path.insert(1, str(REPO))
+import train_gpt  # noqa: E402
+
 RESULTS = REPO / "bench" / "results"
 MARKERS = ("<!-- performance -->", "<!-- /performance -->")
 
@@ -82,32 +87,33 @@ def between_markers(text: str) -> tuple[int, int]:
     return first, last + len(MARKERS[1])
 
 
-def setting(name: str, value: Any) -> str:
-    """FIELD=value as the environment would say it."""
-    if isinstance(value, tuple):
-        value = ",".join(map(str, value))
-    elif value is None or isinstance(value, bool):
-        value = "auto" if value is None else int(value)
-    return f"{name.upper()}={value}"
-
-
 def recipe_table(recipes: Mapping[str, Mapping[str, Any]]) -> str:
     """One row a recipe: the settings that it makes beyond the defaults."""
     lines = ["| recipe | sets beyond the defaults |", "|---|---|"]
     for recipe, values in recipes.items():
-        lines.append(f"| `{recipe}` | {' '.join(f'`{setting(*item)}`' for item in values.items())} |")
+        shown = (f"`{name.upper()}={train_gpt.as_variable(value)}`" for name, value in values.items())
+        lines.append(f"| `{recipe}` | {' '.join(shown)} |")
     return "\n".join(lines)
+
+
+def settings_page() -> str:
+    """docs/settings.md: every setting with its default, its range and its meaning, and what the recipes set."""
+    lines = ["# Settings", "", "Made by `python tools/report.py --write` from `Config` in `train_gpt.py`; the same as"]
+    lines += ["`python train_gpt.py --help`. Each is read from the environment variable of its name.", ""]
+    lines += ["| variable | default | what it may be | what it means |", "|---|---|---|---|"]
+    for each in dataclasses.fields(train_gpt.Config):
+        default, allowed = train_gpt.as_variable(each.default), train_gpt.allowed_text(each)
+        cells = f"`{each.name.upper()}`", default and f"`{default}`", allowed, each.metadata["meaning"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "## Recipes", "", recipe_table(train_gpt.RECIPES), ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="change README.md")
+    parser.add_argument("--write", action="store_true", help="change README.md and docs/settings.md")
     parser.add_argument("--recipes", action="store_true", help="print the recipe table instead")
     args = parser.parse_args(argv)
     if args.recipes:
-        sys.path.insert(0, str(REPO))
-        import train_gpt  # brings torch, which the other table does without
-
         print(recipe_table(train_gpt.RECIPES))
         return 0
     readme = REPO / "README.md"
@@ -117,10 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = readme.read_text(encoding="utf-8")
             first, last = between_markers(text)
             readme.write_text(text[:first] + rendered + text[last:], encoding="utf-8")
+            SETTINGS.parent.mkdir(exist_ok=True)
+            SETTINGS.write_text(settings_page(), encoding="utf-8")
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {readme}" if args.write else rendered)
+    print(f"wrote {readme} and {SETTINGS}" if args.write else rendered)
     return 0
 
 

@@ -213,6 +213,14 @@ def test_recipe_table_is_what_the_code_sets():
     assert recipes_of(README) == train_gpt.RECIPES, "python tools/report.py --recipes prints the column"
 
 
+def test_the_page_of_settings_is_what_the_fields_say():
+    page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == report.settings_page(), "python tools/report.py --write makes it"
+    assert recipes_of(page) == train_gpt.RECIPES
+    names = re.findall(r"^\| `([A-Z0-9_]+)` \|", page, re.M)
+    assert names == [name.upper() for name in train_gpt.Config.__annotations__]
+
+
 def test_the_table_of_faults_is_that_of_the_committed_campaign():
     path = REPO / "bench" / "results" / "cpu-fault_campaign.json"
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"]

@@ -5,8 +5,11 @@ Run from the repository root: `python -m pytest tests/test_mixers.py`.
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import golden_backoff
 import numpy as np
@@ -242,6 +245,81 @@ def test_chain_and_em_by_hand() -> None:
     by_1 = (1 - by_2) * 0.2 * 0.25 / q_1
     np.testing.assert_allclose(mixer.taken.max((1, 2)), [2 + by_1, 3 + by_2])
     np.testing.assert_allclose(mixer.reached.max((1, 2)), [10 + 1 - by_2, 11])
+
+
+COUNT_EDGES = (1, 2, 3, 5, 10, 30, 100, 1000)  # of C
+NOVELTY_EDGES = [Fraction(edge) for edge in ("0.03", "0.1", "0.2", "0.35", "0.6", "1")]  # of T/C
+ENTROPY_EDGES = (1.0, 2.0, 3.0, 4.0, 5.0)  # nats
+
+
+class Counted(NamedTuple):
+    """C, F and T of one target under one order."""
+
+    context: int
+    target: int
+    distinct: int
+
+    def bucket(self, entropy: float) -> tuple[int, int, int]:
+        """How many edges C, T/C and the entropy reach; T = 1 has a place of its own."""
+        novelty = sum(Fraction(self.distinct, max(self.context, 1)) >= edge for edge in NOVELTY_EDGES)
+        certain = len(NOVELTY_EDGES) + 1 if self.distinct == 1 else novelty
+        return sum(self.context >= edge for edge in COUNT_EDGES), certain, sum(entropy >= e for e in ENTROPY_EDGES)
+
+
+def count_slowly(tokens: list[int], max_order: int) -> list[list[Counted]]:
+    """For each target tokens[1:], what the tokens before it say of it, a row of orders 1 to max_order."""
+    followers: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    rows = []
+    for i, token in enumerate(tokens):
+        contexts = [tuple(tokens[i - reach : i]) for reach in range(min(max_order, i + 1))]
+        told = [followers[context] for context in contexts]
+        row = [Counted(seen.total(), seen[token], len(+seen)) for seen in told]
+        rows.append(row + [Counted(0, 0, 0)] * (max_order - len(row)))
+        for seen in told:
+            seen[token] += 1
+    return rows[1:]
+
+
+def mix_slowly(stream: Scored, max_order: int, block: int) -> list[float]:
+    """The default mixer target by target: EM over which order, or the neural model, a target came from.
+
+    A target is asked for from the highest order down: order k gives it from its counts with probability w_k, else the
+    next lower one is asked, and the neural model last.
+    """
+    counts = count_slowly(stream.tokens.tolist(), max_order)
+    reached: dict[Any, float] = defaultdict(lambda: 1.1)
+    taken: dict[Any, float] = defaultdict(lambda: 0.1)
+    mixed, neural_total, learned_total = [], 0.0, 0.0
+    for start in range(0, len(counts), block):
+        stop = min(start + block, len(counts))
+        tallies = []
+        for i in range(start, stop):
+            cells = [(k, *order.bucket(stream.entropy[i])) for k, order in enumerate(counts[i])]
+            share = [taken[cell] / reached[cell] if order.context else 0.0 for cell, order in zip(cells, counts[i])]
+            came_from, passed_on = [0.0] * max_order, 1.0
+            for k in reversed(range(max_order)):
+                came_from[k] = passed_on * share[k] * counts[i][k].target / max(counts[i][k].context, 1)
+                passed_on *= 1 - share[k]
+            from_neural = passed_on * math.exp(stream.logp[i])
+            total = from_neural + sum(came_from)
+            for k, cell in enumerate(cells):
+                tallies.append((cell, (from_neural + sum(came_from[: k + 1])) / total, came_from[k] / total))
+            before = np.logaddexp(neural_total, learned_total)  # of two sequence models with prior 1/2 each
+            neural_total += float(stream.logp[i])
+            learned_total += math.log(total)
+            mixed.append(float(np.logaddexp(neural_total, learned_total) - before))
+        for cell, asked, gave in tallies:
+            reached[cell] += asked
+            taken[cell] += gave
+    return mixed
+
+
+@pytest.mark.parametrize("max_order", [1, 3, 6])
+def test_the_default_mixer_is_online_em_over_the_order_that_a_target_came_from(max_order: int) -> None:
+    stream = scored_stream(1200, seed=2)
+    mixed = stream.mix(m.BackoffNgramMixer(max_order=max_order))
+    np.testing.assert_allclose(mixed, mix_slowly(stream, max_order, BLOCK), rtol=0, atol=1e-5)
+    assert mixed.sum() > stream.logp.sum() + 100  # enough was learned for the tolerance to mean something
 
 
 def test_hedge_weights_by_hand() -> None:

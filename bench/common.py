@@ -80,19 +80,20 @@ def open_runtime(args: argparse.Namespace, config: train_gpt.Config) -> train_gp
 # ----------------------------------------------------------------------------------------------------------
 # Where
 # ----------------------------------------------------------------------------------------------------------
-def git_commit() -> str:
+def git_commit(root: Path = REPO) -> str:
     """Short hash of the commit that the code is at, `-dirty` where tracked files differ; "unknown" outside git."""
     try:
-        commit = _git("rev-parse", "--short=10", "HEAD")
+        commit = _git(root, "rev-parse", "--short=10", "HEAD")
         # Results and the README made from them are no code: writing them must not change the name of the code.
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
+        unseen = ":!bench/results", ":!README.md"
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *unseen)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("-dirty" if changed else "")
 
 
-def _git(*words: str) -> str:
-    command = ["git", "-C", str(REPO), *words]
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -150,7 +150,7 @@ def test_every_job_names_a_script_that_is_there():
     for jobs in run_all.JOBS.values():
         assert {job.script for job in jobs} <= scripts
     shared, studies = {"common", "run_all", "small_runs"}, {"fault_campaign", "gpu_check", "packing", "quantization"}
-    studies |= {"ablation", "mixing_quality", "slope_sweep"}  # which take their own time
+    studies |= {"ablation", "mixing_quality", "mutations", "slope_sweep"}  # which take their own time
     assert scripts - shared - studies == {job.script for job in run_all.JOBS["cpu"]}
 
 

@@ -110,6 +110,17 @@ def test_moments_that_are_none_get_more_damping_and_then_plain_rounding():
     assert not torch.equal(levels[:2], Grid(6).encode(weight, scale)[:2])
 
 
+def test_moments_that_overflow_when_damped_mean_plain_rounding():
+    """Their factor would be finite, with a 0 on its diagonal, by which errors are divided."""
+    moments = torch.diag(torch.tensor([1.0] * 15 + [torch.finfo(torch.float32).max]))[None]
+    factor = train_gpt.factorize(moments)
+    assert torch.equal(factor.upper, torch.eye(16)[None])
+    weight = weights(1, 6, 16)
+    levels, scale = gptq(weight, Grid(6), factor)
+    assert torch.equal(levels, Grid(6).encode(weight, scale))
+    assert torch.equal(scale, search_scale(weight, Grid(6)))
+
+
 # The rounding -----------------------------------------------------------------------------------------------
 def rounded_by_definition(weight: Tensor, scale: Tensor, grid: Grid, moments: Tensor, pruned: Tensor) -> Tensor:
     """Levels of one matrix: round a column, solve afresh for the columns not yet rounded, go on. float64."""

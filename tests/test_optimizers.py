@@ -20,6 +20,7 @@ from golden_support import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 
@@ -66,6 +67,14 @@ def test_newton_schulz_treats_each_matrix_of_a_bank_by_itself():
     singular = torch.linalg.svdvals(together)
     assert 0.3 < singular.min() < singular.max() < 1.3
     assert torch.isfinite(train_gpt.newton_schulz(torch.zeros(2, 4, 3), 5)).all()
+
+
+def test_newton_schulz_multiplies_matrices_of_the_shorter_side():
+    """A tall matrix takes as many FLOP as its transpose: five times X·Xᵀ, its square, and the product with X."""
+    for rows, columns in ((64, 16), (16, 64)):
+        with FlopCounterMode(display=False) as counter:
+            train_gpt.newton_schulz(torch.ones(3, rows, columns), 5)
+        assert counter.get_total_flops() == 3 * 5 * 2 * 16 * 16 * (64 + 16 + 64)
 
 
 # Muon -----------------------------------------------------------------------------------------------------

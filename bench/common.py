@@ -80,13 +80,16 @@ def open_runtime(args: argparse.Namespace, config: train_gpt.Config) -> train_gp
 # ----------------------------------------------------------------------------------------------------------
 # Where
 # ----------------------------------------------------------------------------------------------------------
-def git_commit(root: Path = REPO) -> str:
-    """Short hash of the commit that the code is at, `-dirty` where tracked files differ; "unknown" outside git."""
+def git_commit(root: Path | None = None) -> str:
+    """Short hash of the commit that `root` (else this repository) is at, `-dirty` where tracked files differ.
+
+    "unknown" outside git.
+    """
     try:
-        commit = _git(root, "rev-parse", "--short=10", "HEAD")
+        commit = _git(root or REPO, "rev-parse", "--short=10", "HEAD")
         # Results and the README made from them are no code: writing them must not change the name of the code.
         unseen = ":!bench/results", ":!README.md"
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *unseen)
+        changed = _git(root or REPO, "status", "--porcelain", "--untracked-files=no", "--", ".", *unseen)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("-dirty" if changed else "")

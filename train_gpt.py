@@ -100,7 +100,7 @@ class TrainingError(UserError):
     """Gradients that stay non-finite."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # no library may take it for a failure
     """SIGTERM or SIGINT ended the run, its progress saved; the argument is the signal's number."""
 
 
@@ -113,7 +113,7 @@ def require(package: str, purpose: str) -> types.ModuleType:
         raise UserError(f"{purpose} needs the package {name!r} ({error}): pip install {name}") from error
 
 
-# 1. Spine --------------------------------------------------------------------------
+# 1. Spine ------------------------
 # In: the environment. Out: one score, its log, and the artifact. Each function is one screen; to know what the
 # program does it is enough to read these.
 def main(arguments: Sequence[str] = ()) -> int:
@@ -183,10 +183,10 @@ def train_artifact(
 ) -> Path:  # fmt: skip
     """Train a model, average its weights and write the artifact; from a checkpoint only what is missing of that."""
     trainer = make_trainer(config, runtime, log, tokenizer, validation, checkpoints)
-    state = checkpoints.find_training()
+    state, source = checkpoints.find_training()
     if config.resume and state is None:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
-    trainer.train(state, checkpoints.newest)
+    trainer.train(state, source)
     log.line(runtime.peak_memory_line())
     trainer.average.apply()
     began = time.perf_counter()
@@ -210,12 +210,17 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
     if runtime.is_main:
         began = time.perf_counter()
         if not reused:
-            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
-        write_artifact_file(config.artifact_path, path.read_bytes())
-        log.row(
-            "quantization", time_s=time.perf_counter() - began, quantizer="gptq" if hessians else "lite",
-            artifact=str(config.artifact_path), reused=reused,
-        )  # fmt: skip
+            try:
+                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+            except ArtifactError as error:  # nothing trained is lost for a folder
+                log.line(f"note: {error}")
+                path = config.artifact_path
+                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+        if path != config.artifact_path:
+            write_artifact_file(config.artifact_path, path.read_bytes())
+        shown: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
+        shown |= dict(artifact=str(config.artifact_path), reused=reused)
+        log.row("quantization", time_s=time.perf_counter() - began, **shown)
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -259,7 +264,7 @@ def log_result(log: RunLog, name: str, result: Score, seconds: float, **extra: A
     log.row(f"{name}_exact", result.note, **fields)
 
 
-# 2. Config -------------------------------------------------------------------------
+# 2. Config ------------------------
 # In: environment variables. Out: one frozen object that every later part reads, checked before anything starts.
 # Value = environment variable, else recipe, else the default below.
 def setting(default: Any, meaning: str, allowed: tuple[float, float] | list[Any] | None = None) -> Any:
@@ -372,12 +377,12 @@ class Config:
     eval_batch_seqs: int = setting(32, "windows of one forward pass", (1, 65_536))
     ttt_enabled: bool = setting(False, "score-first test-time training")
     ttt_optimizer: str = setting("sgd", "of test-time training", ["sgd", "adamw"])
-    ttt_lr: float = setting(0.002, "its peak learning rate", (0, 10))
+    ttt_lr: float = setting(0.002, "its learning rate before cosine and ramp", (0, 10))
     ttt_lr_ramp: float = setting(1.0, "factor that the LR's cosine reaches over 30 % of the chunks", (0, 100))
     ttt_momentum: float = setting(0.9, "of SGD", (0, 0.9999))
     ttt_epochs: int = setting(3, "passes over a scored chunk", (1, 1000))
     ttt_chunk_tokens: int = setting(32_768, "targets scored before they are trained on", (1, 2**40))
-    ttt_freeze_blocks: int = setting(2, "first blocks that do not move", (0, 64))
+    ttt_freeze_blocks: int = setting(2, "first blocks that are not trained", (0, 64))
     ttt_scope: str = setting("all", "last: banks of unfrozen blocks, all gains, no tables", ["all", "last"])
     ttt_batch_seqs: int = setting(32, "sequences of one update", (1, 65_536))
     ttt_grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", (0, 1e6))
@@ -454,7 +459,7 @@ class Config:
             (self.mtp_num_heads < seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={seq_len}"),
             (self.train_batch_tokens % seq_len == 0, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={seq_len}"),
             (not hashed or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
-            (not set(self.run_id) & set('/\\\0'), "run_id", "a name without slashes"),
+            (self.run_id not in (".", "..") and not set(self.run_id) & set('/\\\0'), "run_id", "a file's name"),
         )
         for rule in rules:
             _expect(self, *rule)
@@ -465,7 +470,7 @@ class Config:
         return dataclasses.replace(self, **{name: getattr(Config, name) for name in names})
 
     def portable(self) -> Config:
-        """The config in an artifact: no MTP heads, nothing of the machine and the process."""
+        """The config in an artifact: no MTP heads, no paths, nothing of restarts."""
         return dataclasses.replace(self.without(*PLACE_FIELDS, *PROCESS_FIELDS), mtp_num_heads=0)
 
     @property
@@ -615,10 +620,9 @@ FOREIGN = dict(
     SWA_ENABLED="WEIGHT_AVERAGE", EMA_ENABLED="WEIGHT_AVERAGE", LAWA_ENABLED="WEIGHT_AVERAGE",
     SWA_START_FRAC="SWA_START_SCALE", SWA_INTERVAL="SWA_EVERY", VE_ENABLED="VE_LAYERS", QAT_ENABLED="QAT_BITS",
     LATE_QAT="LATE_QAT_THRESHOLD", VAL_BATCH_SIZE="EVAL_BATCH_SEQS", GRAD_ACCUM_STEPS="MICRO_BATCH_TOKENS",
-    GRAD_CLIP="GRAD_CLIP_NORM", TTT_ENABLE="TTT_ENABLED", MUON_BACKEND_STEPS="MUON_STEPS", MUON_NS_STEPS="MUON_STEPS",
+    GRAD_CLIP="GRAD_CLIP_NORM", MUON_BACKEND_STEPS="MUON_STEPS", MUON_NS_STEPS="MUON_STEPS",
     MUON_WEIGHT_DECAY="MUON_WD", GPTQ_RESERVE_SECONDS="TRAIN_RESERVE_SECONDS", GPTQ_CALIB_BATCHES="CALIBRATION_TOKENS",
     XSA_ALL_LAYERS="XSA_LAST_N", MUON_BETA2="", DTG_ENABLED="", GATED_ATTENTION="", VALUE_RESIDUAL="",
-    SOFT_ROUND_QAT="", LAWA_K="", LAWA_FREQ="",
 )  # fmt: skip
 
 
@@ -633,7 +637,7 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
             raise ConfigError(f"{text}; did you mean {close[0]}? Rename or unset it")
 
 
-# 3. Data ---------------------------------------------------------------------------
+# 3. Data ------------------------
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation text as
 # targets with the bytes that each stands for, which turn nats per token into bits per byte. A shard may be damaged or
 # change while a run reads it, so everything is checked before it is used.
@@ -819,11 +823,11 @@ class Tokenizer:
         if len(self.pieces) != vocab_size:
             raise ConfigError(f"TOKENIZER_PATH={path} has {len(self.pieces)} pieces, but VOCAB_SIZE={vocab_size}")
         self.model = model
-        if problem := self._count_pieces():
+        if problem := self._make_byte_tables():
             advice = "train one with data/prepare.py --train-tokenizer"
             raise DataError(f"{path}: this tokenizer's bytes cannot be counted: {problem}; {advice}")
 
-    def _count_pieces(self) -> str:
+    def _make_byte_tables(self) -> str:
         """Make the tables of bytes; returns why they are wrong, "" where they are right."""
         model, space = self.model, self.model.piece_to_id("▁")
         bos = model.bos_id() if model.bos_id() >= 0 else model.piece_to_id("<s>")  # -1 unless of type control
@@ -897,7 +901,7 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> Non
         raise DataError(f"{source} holds token id {largest}, but VOCAB_SIZE={vocab_size}; use its own tokenizer")
 
 
-# 4. Grid and model -----------------------------------------------------------------
+# 4. Grid and model ------------------------
 # In: token ids. Out: logits, losses and token scores. The table of roles says what is decided for each kind of
 # parameter, in training, in the artifact and after it; state-dict names are those of the earlier submissions.
 class Role(NamedTuple):
@@ -1355,7 +1359,7 @@ fake_quantize.register_fake(lambda weight, *_: torch.empty_like(weight))
 fake_quantize.register_autograd(lambda _, grad: (grad, None, None))
 
 
-# 5. Optimizers ---------------------------------------------------------------------
+# 5. Optimizers ------------------------
 # In: gradients of this rank. Out: the same updated weights on every rank. Banks are updated by Parallel Muon,
 # everything else by AdamW; the table of roles says which rate is whose.
 class Optimizers:
@@ -1521,7 +1525,7 @@ def muon_momentum_at(config: Config, step: int) -> float:
     return (1 - fraction) * config.muon_momentum_warmup_start + fraction * config.muon_momentum
 
 
-# 6. Training -----------------------------------------------------------------------
+# 6. Training ------------------------
 # In: batches. Out: trained weights and their average. The loop asks the other ranks, validates, saves, takes one
 # step; what may steer a step while a run goes on stands in `Controls` alone.
 def make_trainer(
@@ -1601,7 +1605,7 @@ class Trainer:
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
         # Updates left out, in a row and in all: copied without waiting, so on CUDA perhaps some steps old.
         self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.device.type == "cuda")
-        self.skipped_reported = 0.0
+        self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
     def train(self, state: State | None = None, source: str = "") -> None:
         """Train until ITERATIONS or the wallclock cap, from `state` if there is one, validating on the way.
@@ -1629,7 +1633,7 @@ class Trainer:
             if last:
                 break
             checkpoint_due = 0 < self.config.checkpoint_seconds <= self.elapsed_s - self.saved_at_s
-            if signalled or batch_failed or (checkpoint_due and not self.skipped_on_host[0]):
+            if signalled or batch_failed or (checkpoint_due and not self.skipped_in_a_row):
                 self.save()
             if signalled:
                 self.checkpoints.stop(signalled, step=self.step)
@@ -1738,14 +1742,14 @@ class Trainer:
         if 0 < left_s < self.SETTLED_S:
             self.runtime.synchronize()  # in the last seconds, work still queued on the device counts
         own = self.runtime.signal, self.loader.batch_failed(self.step), *self.skipped_on_host.tolist()
-        self.elapsed_s, signalled, batch_failed, in_a_row, skipped = self.clock.agreed(*own)
+        self.elapsed_s, signalled, batch_failed, self.skipped_in_a_row, skipped = self.clock.agreed(*own)
         if skipped > self.skipped_reported:
             self.log.row("update_skipped", "gradient not finite", step=self.step, in_all=int(skipped))
         self.skipped_reported = skipped
-        if in_a_row >= self.MAX_SKIPPED_IN_A_ROW:
+        if self.skipped_in_a_row >= self.MAX_SKIPPED_IN_A_ROW:
             self.checkpoints.finish()
             last = f"the last good checkpoint is {self.checkpoints.newest or 'none'}"
-            problem = f"{int(in_a_row)} updates in a row had gradients that are not finite, at step {self.step}"
+            problem = f"{self.skipped_in_a_row:.0f} updates in a row had gradients not finite, at step {self.step}"
             raise TrainingError(f"{problem}: {last}; lower MATRIX_LR or GRAD_CLIP_NORM")
         return int(signalled), bool(batch_failed)
 
@@ -1917,7 +1921,7 @@ def compile_count() -> int:
     return dynamo_utils.counters["stats"]["unique_graphs"]
 
 
-# 7. Artifact -----------------------------------------------------------------------
+# 7. Artifact ------------------------
 # In: averaged weights, and training data where GPTQ is asked for. Out: one file under the limit that holds the
 # model, and a model again from that file and this code alone. Nothing is ever unpickled.
 ARTIFACT_NAME, ARTIFACT_FORMAT = "final_model.int6.ptz", 3
@@ -2077,7 +2081,7 @@ def order0_entropy_bytes(tensors: Mapping[str, Tensor]) -> float:
 
 @torch.no_grad()
 def calibrate(trainer: Trainer) -> Hessians:
-    """Hessians X·Xᵀ of every bank, over all ranks, from the training tokens after those of the last step.
+    """What GPTQ needs of each bank's Hessian X·Xᵀ, over all ranks, from the tokens after the last step's.
 
     Reading them takes training time: no batch begins that, as long as the one before, would end after
     MAX_WALLCLOCK_SECONDS. Without any the result is empty: rounding stays plain.
@@ -2370,7 +2374,7 @@ def ans_tables(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return widths.reshape(-1), (widths.cumsum(1) - widths).reshape(-1)
 
 
-# 8. Scoring ------------------------------------------------------------------------
+# 8. Scoring ------------------------
 # In: a model and the validation tokens. Out: one stream of token scores in which every target stands exactly once,
 # whether the model keeps its weights or is trained on what it has scored already.
 def score_stream(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int) -> TokenScores:
@@ -2403,8 +2407,8 @@ def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: V
 class TestTimeTrainer:
     """Trains the model on text that is already scored (pull requests 1081 and 700).
 
-    The first TTT_FREEZE_BLOCKS blocks, with their slices of the banks, do not move. Ranks share each batch and sum
-    the gradients, so their number changes nothing.
+    The first TTT_FREEZE_BLOCKS blocks keep their slices of the banks, and with TTT_SCOPE=all all they have. Ranks
+    share each batch and sum the gradients, so their number changes nothing.
     """
 
     __test__ = False  # no test case, despite its name
@@ -2585,7 +2589,7 @@ def sample_targets(num_targets: int) -> np.ndarray:
     return np.union1d(np.linspace(0, num_targets - 1, 64).astype(np.int64), np.arange(min(16, num_targets)))
 
 
-# 9. Counts and mixers --------------------------------------------------------------
+# 9. Counts and mixers ------------------------
 # In: the scored stream. Out: the mixed stream, and at sampled targets the whole mixture, which must add up to 1
 # and give the token that came what the stream gave it. Counts come from sorting: no table, no collision.
 HASH_MULTIPLIERS = (36313, 27191, 51647, 81929, 131071, 174763, 233017)  # PR 1094
@@ -3036,7 +3040,7 @@ def _table_counts(
     return answers.cpu().numpy()
 
 
-# 10. Machinery ---------------------------------------------------------------------
+# 10. Machinery ------------------------
 # In: what the sections above want written, agreed on or survived. Out: the same answer on every rank, log lines, files
 # that are whole or absent, and runs that go on where they were stopped. One rank is a world without communication.
 class Runtime:
@@ -3097,8 +3101,8 @@ class Runtime:
         (address, port), delay_s, known = self.meeting_place, 5.0, ""
         try:
             socket.getaddrinfo(address or None, 0)
-        except OSError as error:
-            delay_s, known = 0.0, f", which cannot be resolved ({error.strerror})"
+        except (OSError, UnicodeError) as error:
+            delay_s, known = 0.0, f", which cannot be resolved ({error})"
         text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at MASTER_ADDR={address}:{port}{known}"
         limit = f", for {self.timeout.total_seconds():g} s at most (JOIN_SECONDS)\n"
         timer = threading.Timer(delay_s, lambda: sys.stderr.write(text + limit))
@@ -3343,8 +3347,8 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
     base = config.run_id or f"{config.recipe}_seed{config.seed}_{digest_of(settings.to_json())[:6]}"
     saved = folder.parent / "checkpoints"
     if config.resume:
-        owner = config.run_id or Path(config.resume).parent.name  # of the checkpoint that RESUME names
-        names = re.compile(f"{re.escape(base)}(_[0-9]+)?|{re.escape(owner)}")
+        owner = re.escape(Path(config.resume).parent.name)  # of the checkpoint that RESUME names
+        names = re.compile(re.escape(base) if config.run_id else f"{re.escape(base)}(_[0-9]+)?|{owner}")
         logs = [path for path in folder.glob("*.txt") if names.fullmatch(path.stem)]
         # A run that left something to go on from comes first, then the newest.
         for path in sorted(logs, key=lambda path: ((saved / path.stem).exists(), path.stat().st_mtime), reverse=True):
@@ -3379,7 +3383,7 @@ def replace_closed_streams() -> None:
 
 
 def digest_of(*parts: Any) -> str:
-    """SHA-256 over files, arrays, tensors on the CPU, and text."""
+    """SHA-256 over files (Path), arrays, bytes and text."""
     total = hashlib.sha256()
     for part in parts:
         content = part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
@@ -3408,7 +3412,8 @@ class Checkpoints:
 
     def numbered(self) -> list[Path]:
         """Training's files, `NNNNNN_stepS.safetensors`, in the order of writing."""
-        return sorted(self.folder.glob("[0-9]*_step*.safetensors"))
+        own = re.compile(r"\d+_step\d+\.safetensors")
+        return sorted(path for path in self.folder.glob("*") if own.fullmatch(path.name))
 
     def save_step(self, step: int, state: State, began: float) -> None:
         """Save the state of training, for which the caller has waited since `began`."""
@@ -3434,15 +3439,15 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait for what is being written, and log what it cost."""
-        pending, self.pending = self.pending, None
-        if pending is None:
+        if self.pending is None:
             return
         try:
-            pending.result()
+            self.pending.result()
             self.newest = self.cost["file"]
             self.log.row("checkpoint", **self.cost)
         except OSError as error:
             self.log.row("checkpoint_failed", f"{error.strerror}: free space, or set OUT_DIR", file=self.cost["file"])
+        self.pending = None
 
     def read(self, path: Path) -> tuple[bytes, State]:
         """A checkpoint's bytes and state. Raises CheckpointError."""
@@ -3452,20 +3457,20 @@ class Checkpoints:
             raise CheckpointError(f"cannot read {path} (RESUME): {error.strerror}") from error
         return content, read_state(content, path)
 
-    def find_training(self) -> State | None:
-        """What RESUME goes on from. Raises CheckpointError when the file that it names is not whole."""
+    def find_training(self) -> tuple[State | None, str]:
+        """What RESUME goes on from, and its path. Raises CheckpointError when the file that it names is not whole."""
         named = [Path(self.config.resume)] if self.config.resume else []
-        return self.find(self.numbered()[::-1] if self.config.resume == "auto" else named)
+        return self.find(self.numbered()[::-1] if self.config.resume == "auto" else named), self.newest
 
     def find(self, candidates: Iterable[Path]) -> State | None:
-        """The first whole one of the files, on every rank."""
+        """The first whole one of the files, on every rank; `newest` is its path. Raises as `find_training`."""
         content, state = b"", None
         for path in candidates if self.runtime.is_main else ():
             try:
                 (content, state), self.newest = self.read(path), str(path)
                 break
             except CheckpointError as error:
-                if str(path) == self.config.resume:
+                if path == Path(self.config.resume):
                     raise
                 self.log.row("checkpoint_skipped", str(error))
         content = self.runtime.bytes_from_main(content)
@@ -3499,7 +3504,7 @@ def write_state(path: Path, state: State) -> None:
     tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
     rest = {name: leaf for name, leaf in leaves.items() if name not in tensors}
     tensors[SEAL] = torch.zeros(32, dtype=torch.uint8)
-    for left in path.parent.glob(".tmp*"):  # the library's, of a run that was killed
+    for left in (*path.parent.glob(".tmp*"), *path.parent.glob("*.partial")):  # of this run when it was killed
         left.unlink()
     try:
         library.save_file(tensors, path, as_metadata(rest))
@@ -3584,7 +3589,7 @@ def require_same_kinds(template: State, state: State) -> None:
 def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write a file, or let `content` do it, that is never seen in part nor lost once it is there. Raises OSError."""
     path = Path(os.path.realpath(path))  # a symbolic link stays, and the file that it names is written
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
@@ -3606,12 +3611,12 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
 class FinishedStages:
     """Results of an evaluation's finished stages: a restart with RESUME does not repeat them.
 
-    Kept, until all are, in OUT_DIR/checkpoints under `identity`: artifact, text, settings, code and world size.
+    Kept, until all are, beside the run's checkpoints under `identity`: artifact, text, settings, code, world size.
     """
 
     def __init__(self, checkpoints: Checkpoints, identity: str):
         self.checkpoints = checkpoints
-        self.path = checkpoints.folder.parent / f"evaluation_{identity[:16]}.safetensors"
+        self.path = checkpoints.folder / f"evaluation_{identity[:16]}.safetensors"
         state = checkpoints.find([self.path] if checkpoints.config.resume and self.path.exists() else [])
         self.results: list[list[float]] = []  # summed logp and seconds of each finished stage
         self.scores = TokenScores(*[np.zeros(0, np.float32)] * 2)  # of the last one
@@ -3640,6 +3645,7 @@ class FinishedStages:
                 raise Stopped(runtime.signal)
             yield
         except Stopped as stop:
+            runtime.stop_at_once = False  # a second signal must not end what follows
             self.checkpoints.say_stopped(stop.args[0], stage=len(self.results) + 1)
             raise
         finally:
@@ -3651,6 +3657,7 @@ class FinishedStages:
             with contextlib.suppress(OSError):
                 self.path.unlink()
                 self.path.parent.rmdir()  # fails where training has left something
+                self.path.parent.parent.rmdir()
 
 
 if __name__ == "__main__":

@@ -495,6 +495,14 @@ def test_the_code_is_as_long_as_the_entropy_within_the_size_classes():
     assert coded + levels.shape[0] * (600 + 500) < 0.95 * entropy_bytes(levels)
 
 
+def test_rows_of_one_size_cost_a_bit_a_level_however_large_or_small_they_are():
+    """The row's size says all but the sign, up to the largest levels of 8 bits."""
+    sizes = np.repeat([1, 2, 4, 8, 16, 32, 64, 127], 50)
+    signs = np.random.default_rng(2).choice([-1, 1], (1, len(sizes), 1000))
+    arrays = train_gpt.encode_levels({"w": (signs * sizes[:, None]).astype(np.int8)})
+    assert 8 * arrays["ans.words"].nbytes < 1.01 * signs.size
+
+
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
 def test_the_payload_stays_near_the_order0_entropy_and_below_other_compressors(bits):
     """Plain normal rows, where there is nothing to gain: at most 1 % above, and no larger than lzma or brotli."""

@@ -103,7 +103,7 @@ def test_stages_of_another_evaluation_are_not_taken(
     artifact.write_bytes(tiny_run.artifact.read_bytes())
     settings = settings | dict(ARTIFACT=artifact)
     interrupted(run_main, tiny_environ(tiny_data, tmp_path, **settings), 3, "signal")
-    (record,) = (tmp_path / "checkpoints").glob("*.safetensors")
+    (record,) = (tmp_path / "checkpoints").rglob("evaluation*.safetensors")
     if change == "artifact":
         model, _, metadata = train_gpt.load_artifact(artifact)
         with torch.no_grad():

@@ -146,10 +146,12 @@ def test_a_read_only_folder_is_an_error_before_anything_is_done(small_disk, tiny
 
 def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(tiny_data, run_main, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path, TTT_ENABLED=0, RESUME="auto")
-    own = tmp_path / "checkpoints" / "run" / "final_model.int6.ptz"
-    (own / "in the way").mkdir(parents=True)
-    one_error(run_main(environ), own, "cannot write the artifact")
-    shutil.rmtree(own)
+    own, newest = tmp_path / "checkpoints" / "run" / "final_model.int6.ptz", tmp_path / "final_model.int6.ptz"
+    for path in (own, newest):
+        (path / "in the way").mkdir(parents=True)
+    one_error(run_main(environ), newest, "cannot write the artifact")
+    for path in (own, newest):
+        shutil.rmtree(path)
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
     assert "train_loss" not in outcome.stdout
@@ -164,6 +166,15 @@ def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(t
         damaged.write_bytes(artifact[:-1])
         assert f"reused:{reused}" in run_main(environ).stdout
         assert damaged.read_bytes() == artifact
+
+
+def test_an_artifact_does_not_depend_on_the_folder_of_the_checkpoints(tiny_data, run_main, tmp_path):
+    (tmp_path / "checkpoints").write_bytes(b"a file in the way")
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, ITERATIONS=2, TTT_ENABLED=0))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "checkpoint_failed" in outcome.stdout
+    assert outcome.stdout.splitlines()[-1].startswith("final_int8_zlib_roundtrip_exact ")
+    train_gpt.load_artifact(tmp_path / "final_model.int6.ptz")
 
 
 def test_a_console_that_cannot_show_a_name_does_not_stop_a_run(tiny_data, tmp_path):

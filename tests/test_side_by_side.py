@@ -81,6 +81,21 @@ def test_a_run_that_goes_on_elsewhere_is_not_continued(tiny_data, tmp_path):
         assert len(names_in(tmp_path / "checkpoints")) == 2
 
 
+def test_a_run_id_means_that_run_alone(tiny_data, run_main, tmp_path):
+    """Also where a later run's name looks like one that got a number."""
+    for run_id, seed in (("exp", 1), ("exp_2", 2)):
+        assert run_main(tiny_environ(tiny_data, tmp_path, **SHORT | dict(RUN_ID=run_id, SEED=seed))).returncode == 0
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, **SHORT | dict(RUN_ID="exp", SEED=1, RESUME="auto")))
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"from:{tmp_path}/checkpoints/exp/" in outcome.stdout
+
+
+@pytest.mark.parametrize("run_id", ["..", ".", "a/b", "a\\b"])
+def test_a_run_id_is_the_name_of_a_file(run_id):
+    with pytest.raises(train_gpt.ConfigError, match="RUN_ID"):
+        train_gpt.Config.from_env({"RUN_ID": run_id})
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_streams_are_like_a_full_console(tiny_data, tmp_path, closed):
     environ = tiny_environ(tiny_data, tmp_path, **SHORT | dict(RUN_ID="run", WARMUP_STEPS=1))

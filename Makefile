@@ -11,9 +11,11 @@ PROGRAMS := train_gpt.py swarm_agents.py kg_data.py data tools bench
 
 .PHONY: demo test lint audit-deps clean
 
-$(VENV)/ready: requirements.txt requirements-dev.txt constraints.txt
+REQUIREMENTS := requirements.txt requirements-tools.txt requirements-dev.txt
+
+$(VENV)/ready: $(REQUIREMENTS) constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt $(REQUIREMENTS:%=-r %)
 	touch $@
 
 $(RUN)/data/manifest.json: $(VENV)/ready

@@ -12,13 +12,11 @@ kg_data.py is for, a knowledge-graph blob for it is put beside the shards.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which an isolated start (python -I) leaves out
+from knowledge_graph import KG_BLOB, write_blob
 from prepared_folder import MANIFEST, shard_files
 from shards import ArgumentParser, DataError, atomic_file, read_tokens, run_command, say
 from tokenizer import Tokenizer
 from tqdm import tqdm
-
-import kg_data
 
 REPOSITORY = "willdepueoai/parameter-golf"
 DATASET = "fineweb10B_sp1024"
@@ -351,22 +347,6 @@ def fetch(
     return fetcher
 
 
-def retarget_knowledge_graph(tokenizer_path: Path, blob_path: Path) -> str:
-    """Make a blob for a tokenizer that kg_data.py is not for; returns what to tell the user, "" where nothing is to do.
-
-    Tokens too few or too odd to make one of cost nobody the shards: then the message says how to do without.
-    """
-    with contextlib.suppress(ValueError):  # it was made for another tokenizer
-        kg_data.decode(Tokenizer.load(tokenizer_path).pieces)
-        return ""
-    command = [sys.executable, str(DATA_FOLDER.parent / "tools" / "build_kg.py"), "blob"]
-    command += ["--tokenizer", str(tokenizer_path), "--out", str(blob_path)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    if done.returncode:
-        return f"no knowledge-graph blob for {tokenizer_path} ({done.stderr.strip()}); train with KG_ENABLED=0"
-    return f"kg_data.py is for another tokenizer; train with KG_PATH={blob_path}"
-
-
 def run(options: Namespace) -> None:
     """What the command line asks for. Raises as `fetch`."""
     source = open_source(options.source)
@@ -374,7 +354,7 @@ def run(options: Namespace) -> None:
     say(
         f"{source.name}: {options.dataset} is complete, {fetcher.fetched} files fetched, {fetcher.kept} kept"
     )
-    if message := retarget_knowledge_graph(fetcher.tokenizer_path, fetcher.folder / "kg_blob.txt"):
+    if message := write_blob(Tokenizer.load(fetcher.tokenizer_path), fetcher.folder / KG_BLOB):
         say(message)
 
 

@@ -7,9 +7,10 @@
 Without --val a share of the documents is taken for validation. A plain text file is one document; where that leaves
 a split empty, long documents are cut at paragraph ends.
 
-The folder then holds `tokenizer.model`, `{name}_train_000000.bin` …, `{name}_val_000000.bin` … and
-`manifest.json`, which is written last: a folder without it is not complete. The result depends on the input
-and the settings alone, not on the number of worker processes.
+The folder then holds `tokenizer.model`, `{name}_train_000000.bin` …, `{name}_val_000000.bin` …, `kg_blob.txt`, the
+knowledge graph for a tokenizer that kg_data.py is not for, and `manifest.json`, which is written last: a folder
+without it is not complete. The result depends on the input and the settings alone, not on the number of worker
+processes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which an isolated start (python -I) leaves out
 from documents import describe_passed_over, find_files, read_documents
+from knowledge_graph import KG_BLOB, write_blob
 from prepared_folder import (
     FORMAT,
     SPLITS,
@@ -45,6 +47,7 @@ from prepared_folder import (
     Counts,
     check,
     check_output,
+    describe_blob,
     publish,
     staging_folder,
 )
@@ -418,7 +421,7 @@ def missing_split_message(settings: Settings, split: str) -> str:
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
-    """Make the tokenizer and the shards of `settings.out`; returns the manifest.
+    """Make the tokenizer, its knowledge-graph blob and the shards of `settings.out`; returns the manifest.
 
     Nothing in the folder changes until everything is made. Raises DataError for unusable settings, input or
     output folder, and OSError where the disk refuses.
@@ -433,6 +436,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
     tokenizer = choose_tokenizer(settings, stream)
     check_output(settings.out, settings.name, tokenizer.hash, settings.overwrite)
     with staging_folder(settings.out) as staging:
+        about_blob = write_blob(tokenizer, staging / KG_BLOB, settings.out / KG_BLOB)
         splits = write_splits(settings, stream, tokenizer, staging)
         for reason in stream.unreadable.values():
             say(f"left out: {reason}")
@@ -444,6 +448,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
             "tokenizer_hash": tokenizer.hash,
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,
+            "kg_blob": describe_blob(staging),
             "splits": splits,
             "dropped": stream.dropped,
             "left_out": [path.name for path in stream.unreadable],
@@ -451,6 +456,8 @@ def prepare(settings: Settings) -> dict[str, Any]:
             "settings": describe_settings(settings, stream),
         }
         publish(staging, settings.out, manifest)
+    if about_blob:
+        say(about_blob)
     return manifest
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from knowledge_graph import KG_BLOB, decode_blob
 from shards import TOKEN_DTYPE, DataError, Shard, atomic_file, read_tokens
 from tokenizer import Tokenizer
 
@@ -93,7 +94,7 @@ def check_output(out: Path, name: str, tokenizer_hash: str | None, overwrite: bo
         return
     remedy = "choose another --out, or replace what is there with --overwrite"
     if not (out / MANIFEST).exists():
-        if shard_files(out) or (out / TOKENIZER).exists():
+        if shard_files(out) or any((out / name).exists() for name in (TOKENIZER, KG_BLOB)):
             raise DataError(f"{out}: holds data without {MANIFEST}, unfinished or foreign; {remedy}")
         return
     try:
@@ -128,8 +129,8 @@ def staging_folder(out: Path) -> Iterator[Path]:
 def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
     """Replace the data in `out` by the staged files; the manifest goes first and comes back last."""
     (out / MANIFEST).unlink(missing_ok=True)
-    for path in shard_files(out):
-        path.unlink()
+    for path in [*shard_files(out), out / KG_BLOB]:
+        path.unlink(missing_ok=True)
     for path in sorted(staging.iterdir()):
         path.replace(out / path.name)
     with atomic_file(out / MANIFEST) as file:
@@ -137,7 +138,7 @@ def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """Verify a prepared folder against its manifest: tokenizer, headers, sizes, hashes, token ranges, counts.
+    """Verify a prepared folder against its manifest: tokenizer and blob, headers, sizes, hashes, token ranges, counts.
 
     Returns the manifest; raises DataError for the first thing that does not agree.
     """
@@ -151,9 +152,24 @@ def check(folder: Path) -> dict[str, Any]:
             f"{folder / TOKENIZER}: hash {tokenizer.hash}, {MANIFEST} says {manifest['tokenizer_hash']}; "
             "prepare the folder again"
         )
+    if manifest.get("kg_blob") is not None:  # folders from before it was made have no such entry
+        check_blob(folder / KG_BLOB, manifest["kg_blob"], tokenizer)
     for split in SPLITS:
         check_split(folder, manifest["splits"][split], tokenizer)
     return manifest
+
+
+def describe_blob(folder: Path) -> dict[str, str] | None:
+    """Name and SHA-256 of the knowledge-graph blob in `folder`, as the manifest lists them, or None without one."""
+    path = folder / KG_BLOB
+    return {"file": KG_BLOB, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else None
+
+
+def check_blob(path: Path, expected: dict[str, str], tokenizer: Tokenizer) -> None:
+    """Verify the knowledge-graph blob against its entry in the manifest. Raises DataError."""
+    decode_blob(tokenizer, path)
+    if describe_blob(path.parent) != expected:
+        raise DataError(f"{path}: content is not what {MANIFEST} lists; prepare the folder again")
 
 
 def check_split(folder: Path, expected: dict[str, Any], tokenizer: Tokenizer) -> None:

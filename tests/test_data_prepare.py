@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import io
 import json
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_kg
 import documents
 import numpy as np
 import prepare
@@ -27,6 +29,8 @@ from hypothesis import strategies as st
 from shards import DataError
 from support import assert_refused
 from tokenizer import Tokenizer, train_tokenizer
+
+import kg_data
 
 SCRIPT = Path(prepare.__file__)
 SENTENCE = "the river of time runs by old stone bridges while 1984 people sing über naïve cafés and 日本 🙂"
@@ -715,6 +719,108 @@ def test_check_refuses_tokens_beyond_the_vocabulary(tmp_path: Path, model: Path,
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="token 60000 is beyond"):
         prepared_folder.check(out)
+
+
+# --- the knowledge-graph blob -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of the graph's own words: their tokenizer spells enough of them for a blob."""
+    rng, words = random.Random(5), [word for word, _ in build_kg.read_words(build_kg.KG_WORDS)]
+    texts = [" ".join(rng.choices(words, k=100)) for _ in range(200)]
+    return write_jsonl(tmp_path_factory.mktemp("words") / "words.jsonl", texts)
+
+
+@pytest.fixture(scope="module")
+def words_model(words_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("words_model") / "words.model"
+    path.write_bytes(train_tokenizer(list(documents.read_documents(words_corpus)), 1024).model)
+    return path
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_blob_is_that_of_the_tool_and_listed(
+    tmp_path: Path, words_corpus: Path, words_model: Path, capsys: pytest.CaptureFixture[str], given: bool
+) -> None:
+    out = tmp_path / "out"
+    argv = [str(words_corpus), "--out", str(out), "--workers", "1"]
+    assert prepare.main([*argv, "--tokenizer", str(words_model)] if given else argv) == 0
+    assert f"KG_PATH={out / 'kg_blob.txt'}" in capsys.readouterr().out
+    tool = ["blob", "--tokenizer", str(out / "tokenizer.model"), "--out", str(tmp_path / "tool.txt")]
+    assert build_kg.main(tool) == 0
+    assert (out / "kg_blob.txt").read_bytes() == (tmp_path / "tool.txt").read_bytes()
+    entry = prepared_folder.check(out)["kg_blob"]
+    assert entry == {"file": "kg_blob.txt", "sha256": hashlib.sha256((out / "kg_blob.txt").read_bytes()).hexdigest()}
+
+
+def test_text_too_odd_for_a_blob_costs_nobody_the_shards(
+    tmp_path: Path, model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare.main([str(corpus), "--out", str(out), "--tokenizer", str(model), "--workers", "1"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "KG_" in line]
+    assert "KG_ENABLED=0" in line
+    assert prepared_folder.check(out)["kg_blob"] is None
+    assert not (out / "kg_blob.txt").exists()
+
+
+def test_no_blob_is_made_or_left_where_kg_data_is_for_the_tokenizer(
+    tmp_path: Path, words_corpus: Path, words_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    argv = [str(words_corpus), "--out", str(out), "--tokenizer", str(words_model), "--workers", "1"]
+    assert prepare.main(argv) == 0
+    blob = kg_data.read_blob(str(out / "kg_blob.txt"))
+    monkeypatch.setattr(kg_data.decode, "__defaults__", (blob,))
+    capsys.readouterr()
+    assert prepare.main(argv) == 0
+    assert "KG_" not in capsys.readouterr().out
+    assert prepared_folder.check(out)["kg_blob"] is None
+    assert not (out / "kg_blob.txt").exists()
+
+
+def test_a_failed_run_keeps_the_blob_and_a_stray_one_is_not_overwritten(
+    tmp_path: Path, words_corpus: Path, words_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = [str(words_corpus), "--out", str(out), "--tokenizer", str(words_model), "--workers", "1"]
+    assert prepare.main(argv) == 0
+    before = folder_bytes(out)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(words_corpus.read_text() + "{broken\n")
+    assert prepare.main([str(bad), *argv[1:]]) == 2
+    assert folder_bytes(out) == before
+    for name in before.keys() - {"kg_blob.txt"}:
+        (out / name).unlink()
+    capsys.readouterr()
+    assert_refused(capsys, prepare.main, argv, str(out), "without manifest.json", "--overwrite")
+    assert folder_bytes(out) == {"kg_blob.txt": before["kg_blob.txt"]}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (Path.unlink, ["No such file"]),
+        (lambda path: path.write_text("nothing"), ["not 732 bytes"]),
+        (lambda path: path.write_text(kg_data.BLOB), ["another tokenizer"]),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\n"), ["content", "manifest.json"]),
+    ],
+)
+def test_check_finds_a_blob_that_is_not_the_listed_one(
+    tmp_path: Path, words_corpus: Path, words_model: Path, capsys: pytest.CaptureFixture[str], spoil, words: list[str]
+) -> None:
+    out = tmp_path / "out"
+    prepare.prepare(prepare.Settings([words_corpus], out, tokenizer=words_model))
+    spoil(out / "kg_blob.txt")
+    assert_refused(capsys, prepare.main, ["--check", out], "kg_blob.txt", *words)
+
+
+def test_check_takes_a_folder_whose_manifest_knows_of_no_blob(tmp_path: Path, model: Path, corpus: Path) -> None:
+    manifest = prepare.prepare(prepare.Settings([corpus], tmp_path / "out", tokenizer=model))
+    del manifest["kg_blob"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    prepared_folder.check(tmp_path / "out")
 
 
 # --- input that cannot be used ------------------------------------------------------------------------------

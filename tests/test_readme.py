@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -109,7 +108,7 @@ def test_ci_runs_what_a_newcomer_is_told_to_run():
 
 @pytest.fixture(scope="module")
 def own_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The three commands for one's own text, run as README has them from a folder with texts; (console, log file)."""
+    """The two commands for one's own text, run as README has them from a folder with texts; (console, log file)."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "texts").mkdir()
     table = (REPO / "data" / "kg_words.tsv").read_text(encoding="utf-8").splitlines()
@@ -119,17 +118,14 @@ def own_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         text = " ".join(source.choices(vocabulary, k=100))
         (folder / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
     words = [shlex.split(command) for command in commands(README) if "data/mine" in command]
-    assert [next(word for word in line if word.endswith(".py")) for line in words] == [
-        "data/prepare.py", "tools/build_kg.py", "train_gpt.py"
-    ]  # fmt: skip
+    scripts = [word for line in words for word in line if word.endswith(".py")]
+    assert scripts == ["data/prepare.py", "train_gpt.py"]
     small = tiny_environ(folder, folder, RECIPE=None, KG_ENABLED=1, SWARM_EVERY=5, VAL_LOSS_EVERY=10, VOCAB_SIZE=1024)
-    small |= dict(word.split("=", 1) for word in words[2] if "=" in word)
+    small |= dict(word.split("=", 1) for word in words[1] if "=" in word)
     small |= dict(EVAL_STRIDE="32", VAL_TOKENS="600", MAX_WALLCLOCK_SECONDS="100", TTT_EPOCHS="1")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert prepare.main([*words[0][2:], "--workers", "1"]) == 0
-        patch.syspath_prepend(REPO / "tools")
-        assert importlib.import_module("build_kg").main(words[1][2:]) == 0
         with mock.patch.dict(os.environ, small, clear=True), contextlib.redirect_stdout(io.StringIO()) as console:
             assert train_gpt.main() == 0
     return console.getvalue(), (folder / "logs" / "run.txt").read_text(encoding="utf-8")

@@ -100,8 +100,7 @@ def name_of(requirement: str) -> str:
 
 
 def required() -> set[str]:
-    files = [REPO / "requirements.txt", REPO / "requirements-dev.txt"]
-    lines = [line for file in files for line in file.read_text().splitlines()]
+    lines = [line for file in REPO.glob("requirements*.txt") for line in file.read_text().splitlines()]
     return {name_of(found[0]) for found in map(re.compile(r"[A-Za-z0-9_.-]+").match, lines) if found}
 
 

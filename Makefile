@@ -29,6 +29,8 @@ $(RUN)/kg_blob.txt: $(RUN)/data/manifest.json data/kg_words.tsv
 demo: $(RUN)/kg_blob.txt
 	RECIPE=demo $(BIN)/python train_gpt.py
 	$(BIN)/python tools/demo_summary.py $(RUN)
+	$(BIN)/python tools/sample.py --artifact $(RUN)/final_model.int6.ptz --tokenizer $(RUN)/data/tokenizer.model \
+	  --prompt "The function" --tokens 40 --temperature 0.6
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

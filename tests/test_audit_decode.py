@@ -203,6 +203,21 @@ def test_mixer_that_counts_its_own_target_is_flagged(
     assert sentence.startswith("No code length")
 
 
+def test_odds_from_the_end_of_the_stream_are_flagged(
+    config: train_gpt.Config, source: audit_decode.Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start nobody can know yet whether the mixer or the neural model will win."""
+
+    def guard(neural: np.ndarray, learned: np.ndarray) -> np.ndarray:
+        return np.full_like(learned, (learned - neural).sum())
+
+    monkeypatch.setattr(train_gpt, "guard", guard)
+    known = source.stretch(dataclasses.replace(config, **SLIDING), 0.0, 20)
+    ok, figure, _ = audit_decode.check_decoding(config.artifact_path, source, known)
+    assert not ok
+    assert "the run scored target" in figure
+
+
 def test_ttt_that_looks_ahead_is_flagged(
     model: train_gpt.GPT, config: train_gpt.Config, source: audit_decode.Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

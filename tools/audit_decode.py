@@ -5,6 +5,9 @@ artifact, the code files, the tokens before the stretch, the bytes of each token
 the stream. Both sides run train_gpt.py's own `score_stream` or `score_then_adapt`, unmodified, on a stream that is
 blank from the stretch on. Where these ask the model about a target that is not known yet, they are held until it is:
 the whole prediction is taken, mixed, given to the coder, and the token that comes back is put into the stream.
+
+The prefix is scored once on each side, a target of the stretch costs a forward pass: of its window, or where rounding
+is coarse (bf16, CUDA) of the whole batch that it stands in, so that EVAL_BATCH_SEQS=1 is quickest on a CPU in bf16.
 """
 
 from __future__ import annotations
@@ -133,8 +136,8 @@ class Walk:
         position = (window_ends[:, None] - length + torch.arange(length)).to(ids.device)  # target of each column
         for target in range(max(first, self.known), self.scored):
             row, column = divmod(target - first, tail)
-            # In bf16 a batch of another shape rounds otherwise; in fp32 the row alone gives the same to 1e-6.
-            whole = self.model.dtype == torch.bfloat16
+            # A batch of another shape rounds otherwise; only in fp32 on a CPU does the row alone give the same to 1e-6.
+            whole = self.model.dtype == torch.bfloat16 or ids.is_cuda
             part, place = (slice(None), (row, column)) if whole else (slice(row, row + 1), (0, column))
             _, entropy, every = ask(ids[part], targets[part], tail, *rest)
             token = self.find(target, every[place].float().cpu().numpy(), float(entropy[place]))

@@ -78,7 +78,7 @@ def test_valid_code_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFix
     assert result["violated"] == []
     conditions = {finding["condition"] for finding in result["findings"]}
     expected = {audit.CAUSAL, audit.NORMALISED, audit.SCORE_FIRST, audit.SINGLE_PASS, audit.SIZE}
-    assert conditions == expected | {audit.SELF_CONTAINED, audit.NO_VALIDATION}
+    assert conditions == expected | {audit.SELF_CONTAINED, audit.NO_VALIDATION, audit.DECODES}
     for condition in conditions:
         assert f"-- {condition}" in table
     for finding in result["findings"]:

@@ -3,11 +3,15 @@
     python tools/audit.py --quick                                    a small model, trained on the spot
     python tools/audit.py --artifact final_model.int6.ptz            that artifact too, under its own settings
     python tools/audit.py --artifact FILE --data DIR --tokenizer FILE --log logs/RUN.jsonl --json audit.json
+    python tools/audit.py --artifact FILE --data DIR --tokenizer FILE --decode --decode-at 0.7 --decode-tokens 200
 
 The scorers get short streams in the place of the validation text, and all lengths are cut to match: context, stride,
 TTT chunk, the blocks between two updates of a mixer, and with them NGRAM_BUCKETS, so that a bucket is as full as it
 would be on the whole split. Every other setting is the artifact's, overridden by variables of the environment as in
 a run (`MIXER=hedge ENTROPY_EXPERT=1 python tools/audit.py`). Without --artifact the recipe's settings apply (RECIPE).
+
+--decode does nothing else and cuts nothing: audit_decode.py has a bare process get a stretch of the real validation
+text back from the bits that the run's last score says it takes. The checks test; this proves, for that stretch.
 
 Exit code: 0 when all holds, 1 when something is violated, 2 when the input cannot be used.
 """
@@ -38,6 +42,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import audit_decode
+
 import train_gpt
 
 CAUSAL = "1 causal: a prediction follows from the artifact and earlier tokens alone"
@@ -48,6 +54,7 @@ SIZE = f"size: artifact and code within {train_gpt.SIZE_LIMIT_BYTES:,} bytes"
 TIME = f"time: {train_gpt.STAGE_BUDGET_S:.0f} s of training, {train_gpt.STAGE_BUDGET_S:.0f} s of evaluation"
 SELF_CONTAINED = "self-contained: the artifact and the code files are enough"
 NO_VALIDATION = "no validation data in training"
+DECODES = "code length: a stretch of text comes back from its bits"
 
 VALIDATION_TARGETS = 62_021_632  # of the contest's split at sequence length 2048
 MIX_BLOCK = 32  # targets between two updates of a mixer; a run has 2,048
@@ -76,6 +83,7 @@ class Report:
 
     def __init__(self, progress: bool = False):
         self.findings: list[Finding] = []
+        self.sentences: list[str] = []  # on what was decoded
         self.progress = progress
 
     def add(self, check: str, condition: str, subject: str, test: Callable[[], Verdict]) -> None:
@@ -752,6 +760,7 @@ def check_same_artifact(first: bytes, second: bytes) -> Verdict:
 # The audit.
 # ----------------------------------------------------------------------------------------------------------
 STREAM_TARGETS = 181  # four chunks of 50, the last one short
+DECODED = 0.58, 24  # from target 289 on: across the border of two chunks at 300
 LONG_TARGETS = 12_700  # seven blocks of a mixer; Hedge has learned from one of them
 
 
@@ -857,6 +866,47 @@ def audit_own_model(report: Report, recipe: train_gpt.Config, effort: Effort) ->
         validation = rehearsal.validation()
         audit_accounting(report, validation, rehearsal.tokenizer.decode, model, config)
         audit_file(report, config.artifact_path, config, tokens)
+        audit_decoding(report, config.artifact_path, config, own_source(rehearsal, validation), DECODED)
+
+
+def own_source(rehearsal: Rehearsal, validation: train_gpt.ValidationSet) -> audit_decode.Source:
+    text = functools.partial(text_of, rehearsal.tokenizer.decode)
+    return audit_decode.Source(validation.tokens, rehearsal.tokenizer, text, (rehearsal.folder,))
+
+
+def text_of(decode: Callable[[list[int]], str], tokens: np.ndarray) -> str:
+    return "".join(decode(document) for document in split_documents(tokens))
+
+
+def audit_decoding(
+    report: Report, artifact: Path, config: train_gpt.Config, source: audit_decode.Source, where: tuple[float, int]
+) -> None:
+    """Decode `where`: from a fraction of the stream on, so many targets."""
+
+    def decode() -> Verdict:
+        known = source.stretch(config, *where)
+        ok, figure, sentence = audit_decode.check_decoding(artifact, source, known)
+        report.sentences.append(sentence)
+        return ok, figure
+
+    report.add("decoding", DECODES, audit_decode.stage_name(config), decode)
+
+
+def decode_alone(report: Report, recipe: train_gpt.Config, arguments: argparse.Namespace) -> None:
+    """`--decode`: the given artifact on its validation split, or a small model trained here."""
+    where = arguments.decode_at, arguments.decode_tokens
+    if arguments.artifact:
+        tokenizer = train_gpt.Tokenizer(str(arguments.tokenizer), recipe.vocab_size)
+        validation = train_gpt.ValidationSet(dataclasses.replace(recipe, data_path=str(arguments.data)), tokenizer)
+        text = functools.partial(text_of, functools.partial(decode_document, tokenizer.model))
+        source = audit_decode.Source(validation.tokens, tokenizer, text, (arguments.data,))
+        audit_decoding(report, arguments.artifact, recipe, source, where)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rehearsal = Rehearsal.prepare(Path(folder), recipe)
+        rehearsal.train(7)
+        source = own_source(rehearsal, rehearsal.validation())
+        audit_decoding(report, rehearsal.config.artifact_path, rehearsal.config, source, where)
 
 
 def audit_accounting(
@@ -931,10 +981,14 @@ def audit(arguments: argparse.Namespace) -> Report:
     """Every check that the arguments ask for. Raises UserError for input that cannot be used."""
     report = Report(progress=sys.stderr.isatty())
     recipe = train_gpt.Config.from_env(os.environ)
+    if arguments.artifact:
+        recipe = overridden(train_gpt.load_artifact(arguments.artifact)[1], os.environ)
+    if arguments.decode:
+        decode_alone(report, recipe, arguments)
+        return report
     if arguments.log:
         audit_log(report, arguments.log)
     if arguments.artifact:
-        recipe = overridden(train_gpt.load_artifact(arguments.artifact)[1], os.environ)
         audit_artifact(report, arguments.artifact, arguments)
     audit_own_model(report, recipe, QUICK if arguments.quick else FULL)
     report.findings.sort(key=lambda finding: (finding.condition, finding.check))
@@ -951,10 +1005,17 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", type=Path, help="a run's logs/RUN.jsonl: check its seconds, bytes and mass")
     parser.add_argument("--quick", action="store_true", help="fewer positions; an artifact by samples, not whole")
     parser.add_argument("--positions", type=int, default=2, help="targets of the artifact to ask about (2)")
+    parser.add_argument("--decode", action="store_true", help="only decode a stretch; an artifact's needs --data")
+    parser.add_argument("--decode-at", type=float, default=0.7, help="where it begins: a fraction of the split (0.7)")
+    parser.add_argument("--decode-tokens", type=int, default=200, help="how many targets it has (200)")
     parser.add_argument("--json", type=Path, help="write the findings there")
     arguments = parser.parse_args(words)
     if bool(arguments.data) != bool(arguments.tokenizer) or (arguments.data and not arguments.artifact):
         parser.error("--data and --tokenizer go together, with --artifact")
+    if arguments.decode and arguments.artifact and not arguments.data:
+        parser.error("--decode --artifact needs --data and --tokenizer: the text to decode")
+    if not 0 <= arguments.decode_at <= 1 or arguments.decode_tokens < 1:
+        parser.error("--decode-at is a fraction from 0 to 1, and --decode-tokens at least 1")
     return arguments
 
 
@@ -978,6 +1039,8 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     print("\n".join(report.lines()))
+    if arguments.decode:
+        print("\n".join(report.sentences))
     print(f"{report.conclusion()} ({time.perf_counter() - began:.0f} s)")
     return 1 if report.violations else 0
 

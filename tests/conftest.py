@@ -16,6 +16,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tools")]
 
+import audit  # noqa: E402
 import build_kg  # noqa: E402
 import console  # noqa: E402
 from console import Console  # noqa: E402
@@ -30,6 +31,8 @@ from support import (  # noqa: E402
     train_tokenizer,
     write_shard,
 )
+
+import train_gpt  # noqa: E402
 
 
 class Outcome(NamedTuple):
@@ -106,7 +109,6 @@ def at_backward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Any
 @pytest.fixture
 def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[[dict[str, str]], Outcome]:
     """train_gpt.main() in this process, with exactly the environment given."""
-    import train_gpt
 
     def run(environ: dict[str, str]) -> Outcome:
         capfd.readouterr()
@@ -116,3 +118,23 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[[dict[str, str]], Ou
         return Outcome(code, streams.out, streams.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> audit.Rehearsal:
+    """What the audit trains for itself: a small artifact with TTT and a mixer, and the shards that it came from."""
+    recipe = train_gpt.Config.from_env({"RECIPE": "swarm", "DEVICE": "cpu"})
+    made = audit.Rehearsal.prepare(tmp_path_factory.mktemp("rehearsal"), recipe)
+    made.train(7)
+    return made
+
+
+@pytest.fixture(scope="module")
+def config(rehearsal: audit.Rehearsal) -> train_gpt.Config:
+    """Its settings; test files of other subjects have settings of their own under this name."""
+    return rehearsal.config
+
+
+@pytest.fixture(scope="module")
+def model(config: train_gpt.Config) -> train_gpt.GPT:
+    return train_gpt.load_artifact(config.artifact_path)[0]

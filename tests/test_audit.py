@@ -22,25 +22,6 @@ import audit
 
 EFFORT = audit.Effort(cuts=3, targets=1, strides=())
 VOCAB = 32
-RECIPE = train_gpt.Config.from_env({"RECIPE": "swarm", "DEVICE": "cpu"})
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> audit.Rehearsal:
-    """A small trained artifact and the shards it came from."""
-    made = audit.Rehearsal.prepare(tmp_path_factory.mktemp("rehearsal"), RECIPE)
-    made.train(7)
-    return made
-
-
-@pytest.fixture(scope="module")
-def config(rehearsal: audit.Rehearsal) -> train_gpt.Config:
-    return rehearsal.config
-
-
-@pytest.fixture(scope="module")
-def model(config: train_gpt.Config) -> train_gpt.GPT:
-    return train_gpt.load_artifact(config.artifact_path)[0]
 
 
 @pytest.fixture(scope="module")

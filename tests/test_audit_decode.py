@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import audit
 import audit_decode
 
-RECIPE = train_gpt.Config.from_env({"RECIPE": "swarm", "DEVICE": "cpu"})
 MIXERS: dict[str, dict[str, Any]] = {
     "none": {"mixer": "none"},
     "backoff": {"mixer": "backoff"},
@@ -30,24 +29,6 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 HASHED: dict[str, Any] = {"mixer": "backoff-published", "ngram_counts": "hashed"}
 SLIDING: dict[str, Any] = {"ttt_enabled": False}
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> audit.Rehearsal:
-    """A small trained artifact with TTT in chunks of 50, and a validation shard of 500 tokens."""
-    made = audit.Rehearsal.prepare(tmp_path_factory.mktemp("rehearsal"), RECIPE)
-    made.train(7)
-    return made
-
-
-@pytest.fixture(scope="module")
-def config(rehearsal: audit.Rehearsal) -> train_gpt.Config:
-    return rehearsal.config
-
-
-@pytest.fixture(scope="module")
-def model(config: train_gpt.Config) -> train_gpt.GPT:
-    return train_gpt.load_artifact(config.artifact_path)[0]
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,23 @@ def test_two_ranks_go_on_with_two_and_begin_again_with_one(settings, whole, tiny
     assert whole.items() <= results(environ).items()
 
 
+def test_a_signal_that_arrives_twice_stops_once(settings, tiny_data, tmp_path):
+    """As Ctrl-C does under a launcher: from the terminal, and passed on; the second while the first is being told."""
+    environ = tiny_environ(tiny_data, tmp_path, **settings)
+    twice = """
+import threading
+def again():
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    os.kill(os.getpid(), signal.SIGINT)
+train_gpt.score_then_adapt = lambda *arguments: again()
+finish = train_gpt.Checkpoints.finish
+train_gpt.Checkpoints.finish = lambda checkpoints: (time.sleep(0.3), finish(checkpoints))
+"""
+    stdout, _ = start(environ, twice, tmp_path, nproc=2).communicate(timeout=90)
+    assert stdout.count("stopped signal:SIGINT stage:3 ") == 1
+    assert len(list((tmp_path / "checkpoints" / "run").glob("evaluation*.safetensors"))) == 1
+
+
 def test_time_before_a_restart_counts(settings, tiny_data, run_main, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path, **settings)
     interrupted(run_main, environ, 3, "signal")

@@ -34,7 +34,6 @@ import importlib
 import itertools
 import json
 import math
-import mmap
 import os
 import platform
 import re
@@ -2513,11 +2512,11 @@ class WindowScorer:
 
     def score_all(self, windows: Windows, first: int, stop: int) -> list[np.ndarray]:
         """logp and entropy of windows first … stop-1, on every rank; each scores a contiguous part."""
-        runtime = self.runtime
-        edges = [first + (stop - first) * r // runtime.world_size for r in range(runtime.world_size + 1)]
-        sizes = [int(windows.tails[low:high].sum()) for low, high in itertools.pairwise(edges)]
-        parts = self.score(windows, range(edges[runtime.rank], edges[runtime.rank + 1]))
-        return [runtime.gather_parts(part, sizes).cpu().numpy() for part in parts]
+        share = self.runtime.share(stop - first)
+        part = range(first + share.start, first + share.stop)
+        before, after = int(windows.tails[first : part.start].sum()), int(windows.tails[part.stop : stop].sum())
+        scores = F.pad(self.score(windows, part), (before, after))
+        return [*self.runtime.all_reduce_sum(scores).cpu().numpy()]
 
     def finish(self, logp: np.ndarray, entropy: np.ndarray) -> TokenScores:
         """The scores with the sampled predictions, until now on different ranks."""
@@ -2934,7 +2933,8 @@ class _Groups(NamedTuple):
         for part, width in ((label[self.position], label_bits), (self.position, bits)):
             key <<= width
             key |= part  # values alone are sorted: positions are their low bits
-        key = _sort_runs(key, self.head)
+        # NumPy sorts in place, where torch would sort indices too, in three times the bytes.
+        key = key.sort().values if key.is_cuda else torch.from_numpy(np.sort(key.numpy()))
         position = (key & ((1 << bits) - 1)).int()
         key >>= bits
         return _Groups(position, _heads(key))
@@ -2949,19 +2949,6 @@ class _Groups(NamedTuple):
             before = _at_start(before, self.head | _heads(self.position // block))
         total[self.position] = before - since
         return total.cpu().numpy()
-
-
-def _sort_runs(values: Tensor, head: Tensor) -> Tensor:
-    """Sort int64 values whose runs, begun at `head`, are in order among themselves."""
-    if values.is_cuda:
-        return torch.sort(values).values
-    host = values.numpy()  # same memory; torch would sort indices too, in three times the bytes
-    starts = np.flatnonzero(head.numpy())
-    # NumPy sorts a piece that fits the cache three times as fast.
-    cuts = np.unique(starts[np.searchsorted(starts, np.arange(0, len(host), 8192), side="right") - 1])
-    for start, stop in itertools.pairwise([*cuts, len(host)]):
-        host[start:stop].sort()
-    return values
 
 
 def _heads(values: Tensor) -> Tensor:
@@ -3050,9 +3037,9 @@ class Runtime:
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, config: Config, environ: Mapping[str, str]):
-        self.rank = _parse("RANK", environ.get("RANK", "0"), int)
-        self.local_rank = _parse("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
-        self.world_size = _parse("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        place = (_parse(name, environ.get(name, text), int) for name, text in alone.items())
+        self.rank, self.local_rank, self.world_size = place
         if not 0 <= self.rank < self.world_size:
             advice = "torchrun sets RANK from 0 to WORLD_SIZE - 1; unset both without it"
             raise ConfigError(f"RANK={self.rank} with WORLD_SIZE={self.world_size} cannot be: {advice}")
@@ -3071,13 +3058,13 @@ class Runtime:
         return f"rank {environ['RANK']}: " if "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1" else ""
 
     def _pick_device(self, choice: str) -> torch.device:
-        if choice == "cpu" or not torch.cuda.is_available():
-            if choice == "cuda":
-                raise ConfigError("DEVICE=cuda, but torch finds no CUDA device; unset it or use DEVICE=cpu")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if choice == "cuda" and not gpus:
+            raise ConfigError("DEVICE=cuda, but torch finds no CUDA device; unset it or use DEVICE=cpu")
+        if choice == "cpu" or not gpus:
             return torch.device("cpu")
-        if self.local_rank >= torch.cuda.device_count():
-            found = f"local rank {self.local_rank}, but {torch.cuda.device_count()} GPUs"
-            raise ConfigError(f"{found}; lower --nproc_per_node")
+        if self.local_rank >= gpus:
+            raise ConfigError(f"local rank {self.local_rank}, but {gpus} GPUs; lower --nproc_per_node")
         return torch.device("cuda", self.local_rank)
 
     def __enter__(self) -> Runtime:
@@ -3217,16 +3204,6 @@ class Runtime:
         """This rank's contiguous part of range(count)."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
-        """All ranks' 1-D parts, whose sizes are given, one behind the other."""
-        if self.world_size == 1:
-            return part
-        padded = part.new_zeros(max(sizes))
-        padded[: len(part)] = part
-        full = part.new_empty(self.world_size, max(sizes))
-        self.all_gather(full.view(-1), padded).wait()
-        return torch.cat([row[:size] for row, size in zip(full, sizes)])
-
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -3345,23 +3322,22 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
     """
     settings = config.without(*(name for name in vars(config) if name.startswith(NOT_TRAINING)))
     base = config.run_id or f"{config.recipe}_seed{config.seed}_{digest_of(settings.to_json())[:6]}"
-    saved = folder.parent / "checkpoints"
+    saved, logs = folder.parent / "checkpoints", list[Path]()
     if config.resume:
         owner = re.escape(Path(config.resume).parent.name)  # of the checkpoint that RESUME names
         names = re.compile(re.escape(base) if config.run_id else f"{re.escape(base)}(_[0-9]+)?|{owner}")
         logs = [path for path in folder.glob("*.txt") if names.fullmatch(path.stem)]
         # A run that left something to go on from comes first, then the newest.
-        for path in sorted(logs, key=lambda path: ((saved / path.stem).exists(), path.stat().st_mtime), reverse=True):
-            file = path.open("a", encoding="utf-8")
-            if try_lock(file):
-                return path.stem, file
-            file.close()  # that run goes on elsewhere
-    for name in itertools.chain([base], (f"{base}_{number}" for number in itertools.count(2))):
-        if config.resume or not (saved / name).exists():
+        logs.sort(key=lambda path: ((saved / path.stem).exists(), path.stat().st_mtime), reverse=True)
+    numbered = (f"{base}_{number}" for number in itertools.count(2))
+    new = (folder / f"{name}.txt" for name in itertools.chain([base], numbered))
+    for path in itertools.chain(logs, new):
+        if config.resume or not (saved / path.stem).exists():
             with contextlib.suppress(FileExistsError):
-                file = (folder / f"{name}.txt").open("x", encoding="utf-8")
+                file = path.open("a" if path in logs else "x", encoding="utf-8")
                 if try_lock(file):
-                    return name, file
+                    return path.stem, file
+                file.close()  # that run goes on elsewhere
     raise AssertionError("some number is free")
 
 
@@ -3510,9 +3486,8 @@ def write_state(path: Path, state: State) -> None:
         library.save_file(tensors, path, as_metadata(rest))
     except importlib.import_module("safetensors").SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from error
+    digest = hashlib.sha256(np.memmap(path, np.uint8, "r")[:-32]).digest()
     with path.open("rb+") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as whole:
-            digest = hashlib.sha256(whole[:-32]).digest()
         file.seek(-32, os.SEEK_END)
         file.write(digest)
 

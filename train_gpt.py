@@ -204,7 +204,8 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
     """
     config, runtime, log, path = trainer.config, trainer.runtime, trainer.log, checkpoints.folder / ARTIFACT_NAME
     checkpoints.finish()
-    reused = bool(runtime.from_main(runtime.is_main and config.resume != "" and holds_weights(path, trainer.model))[0])
+    whole = runtime.is_main and config.resume != "" and is_artifact_of(path, trainer.model, tokenizer.digest)
+    reused = bool(runtime.from_main(whole)[0])
     hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
     if runtime.is_main:
         began = time.perf_counter()
@@ -1942,9 +1943,7 @@ def save_artifact(
     model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None, log: RunLog | None = None
 ) -> int:
     """Write the artifact atomically; its size in bytes. Raises ArtifactError."""
-    config = model.config
-    digests = dict(tokenizer=tokenizer_digest, code=code_digest(), weights=weights_digest(model))
-    metadata = dict(format=ARTIFACT_FORMAT, config=config.portable().to_json(), plan=model.plan, **digests)
+    config, metadata = model.config, artifact_metadata(model, tokenizer_digest)
     make = functools.partial(quantize, model.state_dict(), model.plan, hessians=hessians)
     pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
     limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
@@ -1958,10 +1957,18 @@ def save_artifact(
     return len(packed)
 
 
+def artifact_metadata(model: GPT, tokenizer_digest: str) -> dict[str, Any]:
+    """What an artifact says of itself; no two differ in their tensors alone."""
+    weights = digest_of(*(value.cpu().numpy() for value in model.state_dict().values()))
+    digests = dict(tokenizer=tokenizer_digest, code=code_digest(), weights=weights)
+    return dict(format=ARTIFACT_FORMAT, config=model.config.portable().to_json(), plan=model.plan, **digests)
+
+
 def write_artifact_file(path: Path, content: bytes) -> None:
     """Raises ArtifactError."""
     try:
-        write_whole(path, content)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise ArtifactError(f"cannot write the artifact {path}: {error.strerror}; free space or set OUT_DIR") from error
 
@@ -1970,28 +1977,27 @@ def load_artifact(
     path: str | Path, attend: Attention | None = None, content: bytes | None = None
 ) -> tuple[GPT, Config, dict[str, Any]]:
     """The model, on the CPU, in the file or its `content`. Raises ArtifactError."""
-    safetensors = require("safetensors.numpy", "reading the artifact")
-    advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
     try:
-        payload, metadata = unpack_artifact(read_artifact(path) if content is None else content)
+        stored, metadata = unpack_artifact(read_artifact(path) if content is None else content)
         if metadata["format"] != ARTIFACT_FORMAT:
-            raise ArtifactError(f"{path} has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
+            raise ValueError(f"it has format {metadata['format']}; this code reads {ARTIFACT_FORMAT}")
         if not all(isinstance(metadata[name], str) for name in ("tokenizer", "code")):
             raise TypeError("digests that are no text")
         config = Config.from_json(metadata["config"])
         with torch.device("meta"):  # shapes alone: a config that asks too much must cost nothing
             model = GPT(config, attend, initialize=False)
         if metadata["plan"] != model.plan:
-            raise ArtifactError(f"{path} stores its tensors in another way than its config asks for: {advice}")
+            raise ValueError("it stores its tensors in another way than its config asks for")
         shapes = {name: model.get_parameter(name).shape for name in model.plan}
         if sum(shape.numel() for shape in shapes.values()) > MAX_UNPACKED_BYTES:
-            raise ArtifactError(f"{path} claims more than {MAX_UNPACKED_BYTES} weights; {advice}")
-        arrays = {name: shuffle_bytes(a, undo=True) for name, a in safetensors.load(payload).items()}
+            raise ValueError(f"it claims more than {MAX_UNPACKED_BYTES} weights")
+        arrays = {name: shuffle_bytes(tensor.numpy(), undo=True) for name, tensor in stored.items()}
         coded = {f"{name}.levels": shapes[name] for name, codec in model.plan.items() if codec.startswith("int")}
         arrays |= decode_levels(arrays, coded)
-        tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         model.load_state_dict(dequantize(tensors, model.plan), assign=True)
-    except (*MALFORMED, RuntimeError, importlib.import_module("safetensors").SafetensorError) as error:
+    except (*MALFORMED, RuntimeError) as error:
+        advice = "it is truncated, altered, or no artifact of this version; train again or fetch it again"
         raise ArtifactError(f"{path} has unexpected content ({type(error).__name__}: {error}): {advice}") from error
     return model, config, metadata
 
@@ -2004,18 +2010,12 @@ def read_artifact(path: str | Path) -> bytes:
         raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
 
 
-def holds_weights(path: Path, model: GPT) -> bool:
-    """Whether the file is an artifact of these weights, settings and code."""
+def is_artifact_of(path: Path, model: GPT, tokenizer_digest: str) -> bool:
+    """Whether the file holds these weights, by these settings and this code."""
     try:
-        return unpack_artifact(path.read_bytes())[1]["weights"] == weights_digest(model)
+        return unpack_artifact(path.read_bytes())[1] == artifact_metadata(model, tokenizer_digest)
     except (OSError, *MALFORMED):
         return False
-
-
-def weights_digest(model: GPT) -> str:
-    """SHA-256 over weights, settings and code."""
-    weights = [value.cpu().numpy() for value in model.state_dict().values()]
-    return digest_of(*weights, model.config.portable().to_json(), *code_paths())
 
 
 def code_digest() -> str:
@@ -2109,12 +2109,11 @@ def calibrate(trainer: Trainer) -> Hessians:
     clock.pause()  # what follows reads no training data
     factors_began = time.perf_counter()
     factors = {bank: factorize(torch.cat([moments[x] for x in ROLES[bank].inputs])) for bank in BANK_NAMES if tokens}
-    runtime.synchronize()
-    damping = torch.cat([torch.empty(0), *(factor.damping.cpu() for factor in factors.values())])
+    damping = [damping for factor in factors.values() for damping in factor.damping.tolist()]
     trainer.log.row(
         "calibration", tokens=tokens, time_s=clock.total_s - began_s, train_and_calibration_s=clock.total_s,
         budget_s=config.max_wallclock_seconds, factors_s=time.perf_counter() - factors_began,
-        more_damping=int((damping > DAMPING[0]).sum()), without_factor=int(damping.isinf().sum()),
+        more_damping=sum(damping > DAMPING[0] for damping in damping), without_factor=damping.count(math.inf),
     )  # fmt: skip
     return factors
 
@@ -2260,10 +2259,9 @@ def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], com
     return sealed(compress(payload, compressor) + SKIPPABLE_FRAME)
 
 
-def unpack_artifact(content: bytes) -> tuple[bytes, dict[str, Any]]:
-    """An artifact's safetensors bytes and metadata. Raises ValueError."""
-    payload = decompress(unseal(content).removesuffix(SKIPPABLE_FRAME))
-    return payload, metadata_of(payload)
+def unpack_artifact(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Undo `sealed` and `compress` of `pack_tensors`. Raises one of MALFORMED."""
+    return read_safetensors(decompress(unseal(content).removesuffix(SKIPPABLE_FRAME)))
 
 
 def shuffle_bytes(array: np.ndarray, undo: bool = False) -> np.ndarray:
@@ -3408,7 +3406,8 @@ class Checkpoints:
 
     def _write(self, path: Path, state: State) -> None:
         began = time.perf_counter()
-        write_whole(path, lambda temporary: write_state(temporary, state))
+        with whole_file(path) as temporary:
+            write_state(temporary, state)
         for old in self.numbered()[: -self.config.checkpoint_keep]:
             old.unlink()
         self.cost |= dict(bytes=path.stat().st_size, write_s=time.perf_counter() - began)
@@ -3486,7 +3485,7 @@ def write_state(path: Path, state: State) -> None:
         library.save_file(tensors, path, as_metadata(rest))
     except importlib.import_module("safetensors").SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from error
-    digest = hashlib.sha256(np.memmap(path, np.uint8, "r")[:-32]).digest()
+    digest = hashlib.sha256(np.memmap(path, np.uint8, "r")[:-32].data).digest()
     with path.open("rb+") as file:
         file.seek(-32, os.SEEK_END)
         file.write(digest)
@@ -3499,13 +3498,12 @@ def as_metadata(content: Mapping[str, Any]) -> dict[str, str]:
 
 def read_state(content: bytes, source: object) -> State:
     """Undo `write_state`. Raises CheckpointError when any byte is missing or altered."""
-    library = require("safetensors.torch", "a checkpoint")
     try:
         unseal(content)
-        tensors = library.load(content)
+        tensors, rest = read_safetensors(content)
         del tensors[SEAL]
-        return nested(tensors | metadata_of(content))
-    except (*MALFORMED, importlib.import_module("safetensors").SafetensorError):
+        return nested(tensors | rest)
+    except MALFORMED:
         raise CheckpointError(f"{source} is torn, altered or no checkpoint of this project") from None
 
 
@@ -3521,10 +3519,15 @@ def sealed(content: bytes) -> bytes:
     return content + hashlib.sha256(content).digest()
 
 
-def metadata_of(content: bytes) -> dict[str, Any]:
-    """The one metadata entry of a safetensors file. Raises one of MALFORMED."""
+def read_safetensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what `as_metadata` was given. Raises one of MALFORMED."""
+    library = require("safetensors.torch", "reading artifacts and checkpoints")
+    try:
+        tensors = library.load(content)
+    except importlib.import_module("safetensors").SafetensorError as error:
+        raise ValueError(str(error)) from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return json.loads(header["__metadata__"]["train_gpt"])
+    return tensors, json.loads(header["__metadata__"]["train_gpt"])
 
 
 def flattened(state: State, prefix: str = "") -> dict[str, Any]:
@@ -3561,16 +3564,14 @@ def require_same_kinds(template: State, state: State) -> None:
             raise TypeError(f"a tensor of shape {tuple(leaf.shape)} where {tuple(expected.shape)} is expected")
 
 
-def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Write a file, or let `content` do it, that is never seen in part nor lost once it is there. Raises OSError."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that is never seen in part, nor lost once it is there. Raises OSError."""
     path = Path(os.path.realpath(path))  # a symbolic link stays, and the file that it names is written
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            content(temporary)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

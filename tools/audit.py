@@ -740,11 +740,10 @@ def check_shards_untouched(opened: Sequence[str]) -> Verdict:
     return bool(train), f"{len(opened)} files opened, {len(train)} times a train shard and never a validation shard"
 
 
-def unpack(artifact: bytes) -> tuple[dict[str, str], bytes]:
-    """Metadata and tensor bytes; safetensors writes the former in an order of its own."""
-    payload = train_gpt.unpack_artifact(artifact)[0]
-    stop = 8 + int.from_bytes(payload[:8], "little")
-    return json.loads(payload[8:stop]), payload[stop:]
+def unpack(artifact: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Metadata, and the bytes of each tensor; safetensors writes the former in an order of its own."""
+    tensors, metadata = train_gpt.unpack_artifact(artifact)
+    return metadata, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def check_same_artifact(first: bytes, second: bytes) -> Verdict:

@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ def train_artifact(
     log.line(runtime.peak_memory_line())
     trainer.average.apply()
     began = time.perf_counter()
-    result = summarize(score_stream(trainer.model, config, runtime, validation, config.eval_seq_len), validation)
+    result = score_of(score_stream(trainer.model, config, runtime, validation, config.eval_seq_len).logp, validation)
     label = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     log.row(f"DIAGNOSTIC {label}", result.note, **result.headline(), eval_time_ms=1000 * (time.perf_counter() - began))
     path = write_artifact(trainer, tokenizer, checkpoints)
@@ -1758,7 +1758,7 @@ class Trainer:
         self.clock.pause()
         self.elapsed_s = self.clock.agreed()[0]
         scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
-        result = summarize(scores, self.validation)
+        result = score_of(scores.logp, self.validation)
         self.log.row(f"step:{self.step}/{self.config.iterations}", result.note, **result.headline(), **self._timing())
         self.clock.start()
 
@@ -1948,7 +1948,7 @@ def save_artifact(
     pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
     limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
     used, tensors, packed = fit_artifact(make, pack, config, limit, log)
-    if log is not None:
+    if log:
         entropy = order0_entropy_bytes(tensors)
         payload = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
         ratio = payload / max(entropy, 1.0)
@@ -1958,7 +1958,7 @@ def save_artifact(
 
 
 def artifact_metadata(model: GPT, tokenizer_digest: str) -> dict[str, Any]:
-    """What an artifact says of itself; no two differ in their tensors alone."""
+    """What an artifact says of itself, down to the digest of the weights that it was made from."""
     weights = digest_of(*(value.cpu().numpy() for value in model.state_dict().values()))
     digests = dict(tokenizer=tokenizer_digest, code=code_digest(), weights=weights)
     return dict(format=ARTIFACT_FORMAT, config=model.config.portable().to_json(), plan=model.plan, **digests)
@@ -1976,7 +1976,7 @@ def write_artifact_file(path: Path, content: bytes) -> None:
 def load_artifact(
     path: str | Path, attend: Attention | None = None, content: bytes | None = None
 ) -> tuple[GPT, Config, dict[str, Any]]:
-    """The model, on the CPU, in the file or its `content`. Raises ArtifactError."""
+    """The model, on the CPU, its config and the metadata; `content` spares reading the file. Raises ArtifactError."""
     try:
         stored, metadata = unpack_artifact(read_artifact(path) if content is None else content)
         if metadata["format"] != ARTIFACT_FORMAT:
@@ -2019,11 +2019,11 @@ def is_artifact_of(path: Path, model: GPT, tokenizer_digest: str) -> bool:
 
 
 def code_digest() -> str:
-    """First 16 hex digits of the SHA-256 over the code files."""
     return digest_of(*code_paths())[:16]
 
 
 def code_paths() -> list[Path]:
+    """Those of CODE_FILES that are there: a record may have its siblings folded in."""
     return [CODE_DIR / name for name in CODE_FILES if (CODE_DIR / name).exists()]
 
 
@@ -2047,10 +2047,10 @@ def fit_artifact(
     make: Callable[[Config], dict[str, Tensor]], pack: Callable[[Mapping[str, Tensor]], bytes],
     config: Config, limit: int, log: RunLog | None = None,
 ) -> tuple[Config, dict[str, Tensor], bytes]:  # fmt: skip
-    """The finest config whose artifact has at most `limit` bytes: `config`, else with clips up to 2.7 times as wide,
-    else also with up to 90 % of the weights pruned.
+    """The finest config whose artifact has at most `limit` bytes, its tensors and their bytes.
 
-    Entropy compares candidates, packing only confirms. Raises ArtifactError where none fits.
+    Candidates are `config`, wider clips, and the widest with more weights pruned; their entropy is compared, and only
+    the choice is packed. Raises ArtifactError where none fits.
     """
     # A clip below about 5 deviations cuts outliers and saves nothing: error and entropy both grow.
     ladder = [dataclasses.replace(config, clip_std=(config.clip_std or 5.0) * 1.01**rung) for rung in range(1, 101)]
@@ -2067,7 +2067,7 @@ def fit_artifact(
         config = ladder[rung]
         tensors = make(config)
         packed = pack(tensors)
-        if log is not None:
+        if log:
             log.row("fit_bytes", before=limit + excess, after=len(packed), limit=limit, **config.coarseness)
     return config, tensors, packed
 
@@ -2144,17 +2144,14 @@ def quantize(
 
 
 def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
-    """Undo `quantize`, in fp32. Raises KeyError for a missing tensor, ValueError for odd scales."""
-    state = {}
-    for name, codec in plan.items():
+    """Undo `quantize`, in fp32. Raises KeyError for a missing tensor."""
+
+    def decoded(name: str, codec: str) -> Tensor:
         if not codec.startswith("int"):
-            state[name] = tensors[name].float()
-            continue
-        levels, scale = tensors[f"{name}.levels"], tensors[f"{name}.scale"]
-        if scale.shape != (*levels.shape[:-1], 1):
-            raise ValueError(f"{name} has levels of shape {tuple(levels.shape)}, scales of {tuple(scale.shape)}")
-        state[name] = Grid(int(codec.removeprefix("int"))).decode(levels, scale)
-    return state
+            return tensors[name].float()
+        return Grid(int(codec.removeprefix("int"))).decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
+
+    return {name: decoded(name, codec) for name, codec in plan.items()}
 
 
 def smallest(weight: Tensor, fraction: float) -> Tensor:
@@ -2383,19 +2380,16 @@ def score_stream(model: GPT, config: Config, runtime: Runtime, validation: Valid
 
 def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet) -> TokenScores:
     """Legal TTT: score a chunk, then train a copy of the model on it, unless it is the last."""
-    model = copy.deepcopy(model)
     windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
-    scorer = WindowScorer(model, config, runtime, validation.tokens, config.ttt_temperature)
-    trainer = TestTimeTrainer(model, config, runtime, validation)
+    trainer = TestTimeTrainer(copy.deepcopy(model), config, runtime, validation)
+    scorer = WindowScorer(trainer.average, config, runtime, validation.tokens, config.ttt_temperature)
     window_ends = np.cumsum(windows.tails)
     chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
     scores = []
     for chunk, start in enumerate(chunk_starts):
         stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
         first, last = np.searchsorted(window_ends, (start, stop), side="right")
-        trainer.swap_average()
         scores.append(scorer.score_all(windows, int(first), int(last)))
-        trainer.swap_average()
         if stop < validation.num_targets:
             trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
     return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
@@ -2421,11 +2415,13 @@ class TestTimeTrainer:
             model.get_parameter(name).requires_grad_(moves).grad = None
         trained = [p for p in model.parameters() if p.requires_grad]
         self.grads = flatten_gradients(trained)
-        sgd = functools.partial(torch.optim.SGD, momentum=config.ttt_momentum)
-        adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0)
-        self.optimizer = (sgd if config.ttt_optimizer == "sgd" else adamw)(trained, config.ttt_lr)
-        self.trained = [p.detach() for p in trained]
-        self.polyak = [p.clone() for p in self.trained] if config.polyak_decay else []
+        if config.ttt_optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(trained, config.ttt_lr, config.ttt_momentum)
+        else:
+            self.optimizer = torch.optim.AdamW(trained, config.ttt_lr, weight_decay=0.0)
+        self.average = copy.deepcopy(model) if config.polyak_decay else model  # Polyak's, which scores
+        models = self.average, model
+        self.averaged, self.trained = ([p.detach() for p in m.parameters() if p.requires_grad] for m in models)
 
     def learning_rate(self, chunk: int, num_chunks: int) -> float:
         """Cosine over the chunks, times the ramp."""
@@ -2455,21 +2451,14 @@ class TestTimeTrainer:
         if self.config.ttt_grad_clip > 0:
             self.grads.mul_((self.config.ttt_grad_clip / (self.grads.norm() + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
-        if self.polyak:
-            torch._foreach_lerp_(self.polyak, self.trained, 1 - self.config.polyak_decay)
+        if self.config.polyak_decay:
+            torch._foreach_lerp_(self.averaged, self.trained, 1 - self.config.polyak_decay)
 
     def _zero_frozen_slices(self) -> None:
         for name in BANK_NAMES:
             grad = self.model.get_parameter(name).grad
             assert grad is not None
             grad.unflatten(0, (-1, self.model.config.num_layers))[:, : self.config.ttt_freeze_blocks] = 0
-
-    def swap_average(self) -> None:
-        """Exchange the weights and their Polyak average, if any."""
-        for weight, average in zip(self.trained, self.polyak):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
 
 
 class WindowScorer:
@@ -2551,13 +2540,9 @@ class TokenScores(NamedTuple):
     sampled: np.ndarray = np.zeros((0, 0), np.float32)
 
 
-def summarize(scores: TokenScores, validation: ValidationSet) -> Score:
-    """The score of a stream, summed in float64."""
-    return score_of(float(scores.logp.sum(dtype=np.float64)), validation)
-
-
-def score_of(total_logp: float, validation: ValidationSet, valid: bool = True) -> Score:
-    """Bits per byte: Σ nll / (ln 2 · Σ bytes)."""
+def score_of(logp: np.ndarray | float, validation: ValidationSet, valid: bool = True) -> Score:
+    """Of the targets' log-probabilities or their sum, in bits per byte: Σ nll / (ln 2 · Σ bytes)."""
+    total_logp = float(np.sum(logp, dtype=np.float64))
     tokens, total_bytes = validation.num_targets, int(validation.bytes.sum(dtype=np.int64))
     bpb = -total_logp / (math.log(2) * total_bytes)
     return Score(-total_logp / tokens, bpb, tokens, total_bytes, validation.partial, valid)
@@ -2706,21 +2691,29 @@ class Evidence(NamedTuple):
         return Evidence(self.logp[span], self.entropy[span], *rows)
 
 
-class Mixer(Protocol):
-    """`counts` and `experts` make the evidence; `mix` scores a block (B,), `update` then learns from it.
+class Mixer:
+    """`counts` and `experts` make the evidence; `mix` scores a block (B,), `update` then learns from it."""
 
-    With a probe, `counts` are those of every token at its positions: C (S, 1), F (S, V) and T (S, 1).
-    """
+    guarded = False  # by `guard`
 
-    guarded: bool
+    def __init__(self, config: Config) -> None:
+        self.config, self.max_order = config, config.ngram_order
 
-    def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]: ...
-    def experts(self, counts: Iterable[NgramCounts]) -> Rows: ...
-    def mix(self, block: Evidence) -> np.ndarray: ...
-    def update(self, block: Evidence) -> None: ...
+    def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
+        """With a probe those of every token at its positions: C (S, 1), F (S, V) and T (S, 1)."""
+        return iter_ngram_counts(tokens, self.max_order, probe=probe)
+
+    def experts(self, counts: Iterable[NgramCounts]) -> Rows:
+        raise NotImplementedError
+
+    def mix(self, block: Evidence) -> np.ndarray:
+        raise NotImplementedError
+
+    def update(self, block: Evidence) -> None:
+        """Nothing to learn: the counts alone adapt."""
 
 
-class BackoffNgramMixer:
+class BackoffNgramMixer(Mixer):
     """The default: a chain of two-way mixtures from the neural q_0 through orders 1 to NGRAM_ORDER.
 
     q_k = (1 - w) q_{k-1} + w F/C, and w = 0 where C = 0. Online EM learns w per order and bucket of C, T/C and
@@ -2734,15 +2727,12 @@ class BackoffNgramMixer:
     novelty_bins = len(novelty_edges) + 2  # one more where T = C, one where T = 1
 
     def __init__(self, config: Config) -> None:
-        self.max_order = config.ngram_order
+        super().__init__(config)
         contexts = (len(self.count_edges) + 1) * self.novelty_bins
         shape = (self.max_order, contexts, len(self.entropy_edges) + 1)
         self.reached = np.full(shape, 1.1)  # targets that no higher order explained, and a prior
         self.taken = np.full(shape, 0.1)  # those of them that this order did, and a prior
         self.taken[:, : self.novelty_bins] = 0.0  # C = 0: nothing to take from
-
-    def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
-        return iter_ngram_counts(tokens, self.max_order, probe=probe)
 
     def experts(self, counts: Iterable[NgramCounts]) -> Rows:
         shares, buckets = [], []
@@ -2778,23 +2768,18 @@ class BackoffNgramMixer:
             tally += np.bincount(cell.ravel(), amount.ravel(), tally.size).reshape(tally.shape)
 
 
-class PublishedBackoffMixer:
+class PublishedBackoffMixer(Mixer):
     """PR 1094: p = (1 - a) p_neural + a F/C of the highest order, 2..NGRAM_ORDER, with C >= NGRAM_MIN_COUNT.
 
     a = ALPHA_BASE + ALPHA_RANGE sigmoid(2 (H - ALPHA_CENTER)). With the published hashed counts, added every
     NGRAM_BLOCK targets, the result is no distribution.
     """
 
-    guarded = False
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
     def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
         config = self.config
         if config.ngram_counts == "hashed":
-            return iter_hashed_counts(tokens, config.ngram_order, config.ngram_buckets, config.ngram_block, probe)
-        return iter_ngram_counts(tokens, config.ngram_order, probe=probe)
+            return iter_hashed_counts(tokens, self.max_order, config.ngram_buckets, config.ngram_block, probe)
+        return super().counts(tokens, probe)
 
     def experts(self, counts: Iterable[NgramCounts]) -> Rows:
         total, followed, _ = next(counts := iter(counts))
@@ -2809,11 +2794,8 @@ class PublishedBackoffMixer:
         alpha = config.alpha_base + config.alpha_range / (1 + np.exp(-2 * (block.entropy - config.alpha_center)))
         return np.log(np.maximum((1 - alpha) * np.exp(block.logp) + alpha * block.expert[0], 1e-12))
 
-    def update(self, block: Evidence) -> None:
-        """Only the counts adapt."""
 
-
-class HedgeMixer:
+class HedgeMixer(Mixer):
     """PR 700: five experts weighted by exp(-MIXER_ETA · summed block-mean loss), neural alone for min_tokens.
 
     Neural model (log-weight 2 at the start), unigram and bigram (+0.1), trigram on 65,536 hashed rows (+0.01),
@@ -2821,11 +2803,10 @@ class HedgeMixer:
     entropy taken for a log-loss, and the result no distribution.
     """
 
-    guarded = False
     min_tokens = 10_000
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.log_weight = np.array([2.0, 0.0, 0.0, 0.0, 0.0])
 
     def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
@@ -3434,8 +3415,9 @@ class Checkpoints:
 
     def find_training(self) -> tuple[State | None, str]:
         """What RESUME goes on from, and its path. Raises CheckpointError when the file that it names is not whole."""
-        named = [Path(self.config.resume)] if self.config.resume else []
-        return self.find(self.numbered()[::-1] if self.config.resume == "auto" else named), self.newest
+        resume = self.config.resume
+        candidates = self.numbered()[::-1] if resume == "auto" else [Path(resume)] if resume else []
+        return self.find(candidates), self.newest
 
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank; `newest` is its path. Raises as `find_training`."""
@@ -3553,15 +3535,15 @@ def nested(leaves: Mapping[str, Any]) -> State:
 
 def require_same_kinds(template: State, state: State) -> None:
     """Raises KeyError, TypeError unless the state has the template's leaves, of the same kinds and shapes."""
+
+    def kind(leaf: Any) -> object:
+        return f"tensor {[*leaf.shape]}" if isinstance(leaf, Tensor) else float if type(leaf) is int else type(leaf)
+
     found = flattened(state)
     for path, expected in flattened(template).items():
-        if isinstance(expected, dict):  # empty: whatever is there
-            continue
-        leaf = found[path]
-        if type(leaf) is not type(expected) and not {type(leaf), type(expected)} <= {int, float}:
-            raise TypeError(f"{leaf!r:.80} where something like {expected!r:.80} is expected")
-        if isinstance(expected, Tensor) and expected.shape != leaf.shape:
-            raise TypeError(f"a tensor of shape {tuple(leaf.shape)} where {tuple(expected.shape)} is expected")
+        # What is empty in the template may hold anything.
+        if not isinstance(expected, dict) and kind(found[path]) != kind(expected):
+            raise TypeError(f"{path} is {kind(found[path])}, not {kind(expected)}")
 
 
 @contextlib.contextmanager

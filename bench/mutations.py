@@ -61,7 +61,7 @@ SECTIONS = {
         "test_quantization test_gptq test_artifact",
     ),
     "scoring": (
-        "Windows plan_windows TokenScores Score summarize score_of sample_targets WindowScorer score_stream "
+        "Windows plan_windows TokenScores Score score_of sample_targets WindowScorer score_stream "
         "TestTimeTrainer score_then_adapt",
         "test_scoring test_golden_scoring test_ttt",
     ),

@@ -144,7 +144,7 @@ class Bench:
 
     def bpb(self, model: train_gpt.GPT) -> float:
         arguments = (model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
-        return train_gpt.summarize(train_gpt.score_stream(*arguments), self.validation).val_bpb
+        return train_gpt.score_of(train_gpt.score_stream(*arguments).logp, self.validation).val_bpb
 
     @torch.no_grad()
     def divergence(self, before: train_gpt.GPT, after: train_gpt.GPT, windows: int = 64) -> float:

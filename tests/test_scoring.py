@@ -22,8 +22,8 @@ from train_gpt import (
     Windows,
     WindowScorer,
     plan_windows,
+    score_of,
     score_stream,
-    summarize,
 )
 
 CONFIG = Config(
@@ -184,7 +184,7 @@ def test_scoring_leaves_the_model_as_it_was():
 def test_bits_per_byte_by_hand():
     """Half a bit, one bit and two bits over seven bytes."""
     logp = np.log(np.array([2**-0.5, 0.5, 0.25], dtype=np.float32))
-    score = summarize(TokenScores(logp, logp * 0), stream_of(np.zeros(4), np.array([0, 3, 4], dtype=np.int16)))
+    score = score_of(logp, stream_of(np.zeros(4), np.array([0, 3, 4], dtype=np.int16)))
     assert score.val_bpb == pytest.approx(3.5 / 7, rel=1e-6)
     assert score.val_loss == pytest.approx(3.5 * math.log(2) / 3, rel=1e-6)
     assert (score.tokens, score.bytes) == (3, 7)
@@ -194,7 +194,7 @@ def test_bits_per_byte_by_hand():
 def test_sums_are_exact_where_fp32_and_int16_would_not_be():
     count = 3_000_000
     logp = np.full(count, -1.1, dtype=np.float32)
-    score = summarize(TokenScores(logp, logp), stream_of(np.zeros(count + 1), np.full(count, 3, dtype=np.int16)))
+    score = score_of(logp, stream_of(np.zeros(count + 1), np.full(count, 3, dtype=np.int16)))
     assert score.bytes == 3 * count
     assert score.val_loss == pytest.approx(float(np.float32(1.1)), rel=1e-12)
     assert score.val_bpb == pytest.approx(float(np.float32(1.1)) / math.log(2) / 3, rel=1e-12)
@@ -205,7 +205,7 @@ def test_a_model_that_knows_nothing_needs_log_v_nats_per_token():
     with torch.no_grad():
         model.tok_emb.weight.zero_()
     tokens = random_tokens(100)
-    score = summarize(scores_of(model, CONFIG, tokens, 5), stream_of(tokens))
+    score = score_of(scores_of(model, CONFIG, tokens, 5).logp, stream_of(tokens))
     assert score.val_loss == pytest.approx(math.log(CONFIG.vocab_size), rel=1e-6)
     assert score.val_bpb == pytest.approx(math.log2(CONFIG.vocab_size), rel=1e-6)
 
@@ -249,7 +249,7 @@ def test_golden_sliding_through_score_stream(golden):
     """Ours moves the last window left to its full 96 tokens: 8 of 3,000 targets see 8 tokens more of context, and
     the mean moves by less than 1e-3 nats; the other 2,992 are the reference's."""
     scores = score_stream(golden.model, golden.config, Runtime(golden.config, {}), golden.stream, 16)
-    score = summarize(scores, golden.stream)
+    score = score_of(scores.logp, golden.stream)
     once = golden.result["each_target_once"]
     assert (score.tokens, score.bytes) == (once["token_count"], once["byte_count"])
     assert score.val_loss == pytest.approx(once["val_loss"], abs=1e-3)

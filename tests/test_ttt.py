@@ -306,20 +306,19 @@ def test_temperature_of_certain_and_uniform_predictions(tau: float) -> None:
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-6)
 
 
-def test_polyak_average_is_swapped_in_and_out() -> None:
-    """After two steps at decay 0.5 it is start/4 + first/4 + second/2."""
+def test_the_polyak_average_scores() -> None:
+    """After two steps at decay 0.5 it is start/4 + first/4 + second/2; without a decay the model itself scores."""
     once, twice = trainer_of(polyak_decay=0.5, ttt_epochs=1), trainer_of(polyak_decay=0.5, ttt_epochs=2)
-    start = [p.clone() for p in once.trained]
+    start = [p.detach().clone() for p in once.model.parameters()]
     for trainer in (once, twice):
-        scorer = train_gpt.WindowScorer(trainer.model, trainer.config, trainer.runtime, STREAM.tokens)
+        scorer = train_gpt.WindowScorer(trainer.average, trainer.config, trainer.runtime, STREAM.tokens)
         trainer.train_on(scorer, range(0, 24), 0.1)
-    second = [p.clone() for p in twice.trained]
-    twice.swap_average()
-    inside = [p.clone() for p in twice.trained]
-    twice.swap_average()
-    assert all(torch.equal(a, b) for a, b in zip(twice.trained, second))
-    for a, b, c, mean in zip(start, once.trained, second, inside):
+    moved = 0
+    for a, b, c, mean in zip(start, *(m.parameters() for m in (once.model, twice.model, twice.average))):
         torch.testing.assert_close(mean, a / 4 + b / 4 + c / 2)
+        moved += not torch.equal(a, mean)
+    assert moved
+    assert (plain := trainer_of()).average is plain.model
 
 
 def moved_names(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:

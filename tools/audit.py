@@ -477,7 +477,7 @@ def check_single_pass(score: Score, tokens: np.ndarray, lengths: Sequence[int]) 
 
 def check_summary(logp: np.ndarray, stream: Any) -> Verdict:
     """val_loss and val_bpb are the sums they are named for; `stream` has tokens, bytes and num_targets."""
-    result = train_gpt.summarize(train_gpt.TokenScores(logp, np.zeros_like(logp)), stream)
+    result = train_gpt.score_of(logp, stream)
     total, total_bytes = -math.fsum(logp.tolist()), int(stream.bytes.astype(np.int64).sum())
     expected = total / len(logp), total / math.log(2) / total_bytes
     gap = max(abs(a / b - 1) for a, b in zip((result.val_loss, result.val_bpb), expected))

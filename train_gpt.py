@@ -170,6 +170,9 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
         raise ArtifactError(f"{path} needs another tokenizer than {config.tokenizer_path}")
     if metadata["code"] != code_digest():
         log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
+    seed = config.sample_seed or 1 + int(digest_of(content, validation.digest)[:12], 16)  # a restart's is the same
+    config = dataclasses.replace(config, sample_seed=seed)
+    log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
     settings = f"{config.portable().to_json()} {runtime.world_size}"
     finished = FinishedStages(checkpoints, digest_of(content, validation.digest, settings, *code_paths()))
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, finished)
@@ -385,6 +388,7 @@ class Config:
     prune_fraction: float = setting(0.0, "of a bank, the smallest weights become zero", (0, 0.95))
 
     val_tokens: int = setting(0, "first validation targets to score; 0: all", (0, 2**40))
+    sample_seed: int = setting(0, "of the targets at which mass and gap are checked; 0: by artifact", (0, 2**63 - 1))
     eval_seq_len: int = setting(2048, "tokens of a scoring window", (2, 2**20))
     eval_stride: int = setting(64, "new targets of a sliding window", (1, 2**20))
     eval_batch_seqs: int = setting(32, "windows of one forward pass", (1, 65_536))
@@ -530,7 +534,7 @@ PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_secon
 NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
     "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
-    "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor",
+    "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -2517,7 +2521,7 @@ class WindowScorer:
     def __init__(self, model: GPT, config: Config, runtime: Runtime, tokens: np.ndarray, temperature: float = 1.0):
         self.model, self.runtime, self.temperature = model, runtime, temperature
         self.batch_seqs = config.eval_batch_seqs
-        self.samples = sample_targets(len(tokens) - 1)
+        self.samples = sample_targets(len(tokens) - 1, config.sample_seed)
         self.sampled = torch.zeros(len(self.samples), config.vocab_size, device=runtime.device)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         forward = model.token_scores
@@ -2557,7 +2561,7 @@ class WindowScorer:
 
     def finish(self, logp: np.ndarray, entropy: np.ndarray) -> TokenScores:
         """The scores with the sampled predictions, until now on different ranks."""
-        return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy())
+        return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy(), self.samples)
 
 
 class Windows(NamedTuple):
@@ -2582,12 +2586,13 @@ def plan_windows(num_targets: int, seq_len: int, stride: int, chunk: int = 0) ->
 class TokenScores(NamedTuple):
     """Per target, in stream order: log-probability and the prediction's entropy, nats, fp32, (targets,).
 
-    `sampled` (S, V): whole predictions at the `sample_targets`, to check validity by.
+    `sampled` (S, V): whole predictions at the sampled `targets` (S,), ascending, to check validity by.
     """
 
     logp: np.ndarray
     entropy: np.ndarray
     sampled: np.ndarray = np.zeros((0, 0), np.float32)
+    targets: np.ndarray = np.zeros(0, np.int64)
 
 
 def summarize(scores: TokenScores, validation: ValidationSet) -> Score:
@@ -2618,11 +2623,13 @@ class Score(NamedTuple):
         return dict(val_loss=self.val_loss, val_bpb=self.val_bpb)
 
 
-def sample_targets(num_targets: int) -> np.ndarray:
-    """Where the mixture's mass is checked, ascending: 64 targets evenly spread and the first 16, where a
-    mixer that has seen what it should not stands out most.
+def sample_targets(num_targets: int, seed: int) -> np.ndarray:
+    """Where the mixture is checked, ascending: a target drawn from each 64th part of the stream, and the first 16,
+    where a mixer that has seen what it should not stands out most.
     """
-    return np.union1d(np.linspace(0, num_targets - 1, 64).astype(np.int64), np.arange(min(16, num_targets)))
+    starts, stops = (np.arange(64) + np.array([[0], [1]])) * num_targets // 64
+    drawn = np.random.default_rng(seed).integers(starts, np.maximum(stops, starts + 1))
+    return np.union1d(drawn, np.arange(min(16, num_targets)))
 
 
 # 9. Counts and mixers ------------------------
@@ -2637,8 +2644,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
     began = time.perf_counter()
     sums = [0.0] * 4
     if runtime.is_main:
-        samples = sample_targets(validation.num_targets)
-        probe = MassProbe(samples + 1, scores.sampled, scores.entropy[samples])
+        probe = MassProbe(scores.targets + 1, scores.sampled, scores.entropy[scores.targets])
         tokens = torch.from_numpy(validation.tokens.astype(np.int64)).to(runtime.device)
         logp = mix_scores(mixer, tokens, scores.logp, scores.entropy, probe)
         worst = np.abs(probe.mass - 1).max()

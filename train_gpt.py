@@ -119,7 +119,6 @@ def require(package: str, purpose: str) -> types.ModuleType:
 def main(arguments: Sequence[str] = ()) -> int:
     """Run as the environment says; errors a user can mend end in one line and exit code 2, signals in 128 + number."""
     replace_closed_streams()
-    label = Runtime.label(os.environ)
     try:
         if [*arguments] in (["--help"], ["-h"]):
             sys.stdout.write(help_text())
@@ -136,9 +135,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     except Stopped as stop:
         return 128 + stop.args[0]
     except UserError as error:
-        # What every rank finds is for rank 0 to say: its launcher then ends the others.
-        time.sleep(0.0 if label in ("", "rank 0: ") else 2.0)
-        sys.stderr.write(f"error: {label}{' '.join(str(error).split())}\n")
+        Runtime.tell_error(" ".join(str(error).split()), os.environ)
         return 2
     return 0
 
@@ -3108,9 +3105,16 @@ class Runtime:
         self.former_handlers: list[Any] = []
 
     @staticmethod
-    def label(environ: Mapping[str, str]) -> str:
-        """Which rank an error is of, where there are several."""
-        return f"rank {environ['RANK']}: " if "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1" else ""
+    def tell_error(text: str, environ: Mapping[str, str]) -> None:
+        """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
+        several, when = "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1", datetime.datetime.now().timestamp()
+        line = f"error: rank {environ['RANK']}: {text}" if several else f"error: {text}"
+        # What every rank finds is for rank 0 to say: its launcher then ends the others.
+        time.sleep(2.0 if several and environ["RANK"] != "0" else 0.0)
+        sys.stderr.write(line + "\n")
+        if path := environ.get("TORCHELASTIC_ERROR_FILE"):
+            with contextlib.suppress(OSError):
+                Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": when}}}))
 
     def _pick_device(self, choice: str) -> torch.device:
         if choice == "cpu" or not torch.cuda.is_available():

@@ -118,7 +118,6 @@ def require(package: str, purpose: str) -> types.ModuleType:
 def main(arguments: Sequence[str] = ()) -> int:
     """Run as the environment says; errors a user can mend end in one line and exit code 2, signals in 128 + number."""
     replace_closed_streams()
-    label = Runtime.label(os.environ)
     try:
         if [*arguments] in (["--help"], ["-h"]):
             sys.stdout.write(help_text())
@@ -135,9 +134,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     except Stopped as stop:
         return 128 + stop.args[0]
     except UserError as error:
-        # What every rank finds is for rank 0 to say: its launcher then ends the others.
-        time.sleep(0.0 if label in ("", "rank 0: ") else 2.0)
-        sys.stderr.write(f"error: {label}{' '.join(str(error).split())}\n")
+        Runtime.tell_error(" ".join(str(error).split()), os.environ)
         return 2
     return 0
 
@@ -155,7 +152,8 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
         log.line(validation.unknown_origin)
     total = int(validation.bytes.sum(dtype=np.int64))
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total, digest=validation.digest[:16])
-    log.row("track:adaptive" if config.ttt_enabled or config.mixer != "none" else "track:fixed_predictor")
+    track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
+    log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
     path = config.artifact_path
     if not config.eval_only:
@@ -168,6 +166,9 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
         raise ArtifactError(f"{path} needs another tokenizer than {config.tokenizer_path}")
     if metadata["code"] != code_digest():
         log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
+    seed = config.sample_seed or 1 + int(digest_of(content, validation.digest)[:12], 16)  # a restart's is the same
+    config = dataclasses.replace(config, sample_seed=seed)
+    log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
     settings = f"{config.portable().to_json()} {runtime.world_size}"
     finished = FinishedStages(checkpoints, digest_of(content, validation.digest, settings, *code_paths()))
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, finished)
@@ -186,12 +187,14 @@ def train_artifact(
     if config.resume and state is None:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
     trainer.train(state, source)
-    log.line(runtime.peak_memory_line())
+    line, mib = runtime.peak_memory()
+    log.row("memory", head=line, told=mib)
     trainer.average.apply()
     began = time.perf_counter()
     result = score_of(score_stream(trainer.model, config, runtime, validation, config.eval_seq_len).logp, validation)
     label = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
-    log.row(f"DIAGNOSTIC {label}", result.note, **result.headline(), eval_time_ms=1000 * (time.perf_counter() - began))
+    shown = dict(**result.headline(), eval_time_ms=1000 * (time.perf_counter() - began))
+    log.row("diagnostic", result.note, f"DIAGNOSTIC {label}", {"weights": label}, **shown)
     path = write_artifact(trainer, tokenizer, checkpoints)
     trainer.loader.close()
     return path
@@ -230,24 +233,27 @@ def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, finished: FinishedStages
 ) -> Score:
     """Every evaluation stage of the recipe not finished before a restart; returns the last one's score."""
-    sizes = f"final_{model.config.bits_label}"
+    sizes = f"final_{model.config.bits_label}_"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
-    stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
-        (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
-        (f"{sizes}_sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
+    stages: list[tuple[str, str, Callable[[], TokenScores], dict[str, Any]]] = [
+        (sizes, "roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
+        (sizes, "sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
     if config.ttt_enabled:
         shown = {"epochs": config.ttt_epochs, "chunk": config.ttt_chunk_tokens}
-        stages.append(("legal_ttt", lambda: score_then_adapt(*arguments), shown))
+        stages.append(("legal_", "ttt", lambda: score_then_adapt(*arguments, log), shown))
     result = None
     with finished.stopping_at_once():
-        for index, (name, stage, extra) in enumerate(stages):
+        for index, (prefix, stage, score, extra) in enumerate(stages):
             if index == len(finished.results):
                 began = time.perf_counter()
-                finished.add(stage(), time.perf_counter() - began)
+                finished.add(score(), time.perf_counter() - began)
             total_logp, seconds = finished.results[index]
             result = score_of(total_logp, validation)
-            log_result(log, name, result, seconds, **extra)
+            log_result(log, prefix, stage, result, seconds, **extra)
+            if index == 0:
+                total_s = projected_seconds(config, validation.num_targets, seconds)
+                log.row("evaluation_projected", total_s=total_s, budget_s=STAGE_BUDGET_S)
         mixer, began = make_mixer(config), time.perf_counter()
         if mixer is not None:
             result = log_mixed(mixer, finished.scores, runtime, log, validation)
@@ -257,11 +263,18 @@ def evaluate(
     return result
 
 
-def log_result(log: RunLog, name: str, result: Score, seconds: float, **extra: Any) -> None:
+def projected_seconds(config: Config, num_targets: int, first_s: float) -> float:
+    """Of all stages, if windows cost alike, training on one as much as scoring three, and mixing 2.5 µs a target."""
+    overlap = config.eval_seq_len / config.eval_stride
+    passes = 1 + overlap + config.ttt_enabled * (overlap + 3 * config.ttt_epochs)
+    return first_s * passes + 2.5e-6 * num_targets * (config.mixer != "none")
+
+
+def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: float, **extra: Any) -> None:
     """A stage's two lines: rounded, with its seconds, and exact."""
-    fields = result.headline() | extra
-    log.row(name, result.note, **fields, eval_time_ms=1000 * seconds)
-    log.row(f"{name}_exact", result.note, **fields)
+    fields, told = result.headline() | extra, {"stage": stage}
+    log.row(prefix + stage, result.note, told=told, **fields, eval_time_ms=1000 * seconds)
+    log.row(f"{prefix}{stage}_exact", result.note, told=told, **fields)
 
 
 # 2. Config ------------------------
@@ -372,6 +385,7 @@ class Config:
     prune_fraction: float = setting(0.0, "of a bank, the smallest weights become zero", (0, 0.95))
 
     val_tokens: int = setting(0, "first validation targets to score; 0: all", (0, 2**40))
+    sample_seed: int = setting(0, "of the targets at which mass and gap are checked; 0: by artifact", (0, 2**63 - 1))
     eval_seq_len: int = setting(2048, "tokens of a scoring window", (2, 2**20))
     eval_stride: int = setting(64, "new targets of a sliding window", (1, 2**20))
     eval_batch_seqs: int = setting(32, "windows of one forward pass", (1, 65_536))
@@ -517,7 +531,7 @@ PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_secon
 NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
     "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
-    "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor",
+    "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -1671,7 +1685,7 @@ class Trainer:
             shown["qat"] = int(self.controls.qat)
             if self.crown_q_loss is not None:
                 shown["crown_q"] = self.crown_q_loss.item()
-            self.log.row(f"step:{self.step}/{config.iterations}", **shown)
+            self.log_step("step", **shown)
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
         """Forward, backward and update on global batch `step`. Returns the gradient's global norm."""
@@ -1719,6 +1733,8 @@ class Trainer:
         controls.apply({name: new for (name, old), new in zip(before.items(), agreed) if new != old})
         for line in mesh.log_lines():
             self.log.line(line)
+        for row in mesh.rows():
+            self.log.tell("vote", step=self.step, **row)
 
     def warm_up(self) -> None:
         """Compile every graph by steps with QAT off and on, then undo all that they changed."""
@@ -1759,8 +1775,13 @@ class Trainer:
         self.elapsed_s = self.clock.agreed()[0]
         scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
         result = score_of(scores.logp, self.validation)
-        self.log.row(f"step:{self.step}/{self.config.iterations}", result.note, **result.headline(), **self._timing())
+        self.log_step("step_validation", result.note, **result.headline(), **self._timing())
         self.clock.start()
+
+    def log_step(self, event: str, note: str = "", **fields: Any) -> None:
+        step, steps, tokens = self.step, self.config.iterations, self.step * self.config.train_batch_tokens
+        told = dict(step=step, steps=steps, tokens_per_s=tokens / max(self.elapsed_s, 1e-9))
+        self.log.row(event, note, f"step:{step}/{steps}", told, **fields)
 
     def _timing(self) -> dict[str, Any]:
         return dict(train_time_ms=1000 * self.elapsed_s, step_avg_ms=1000 * self.elapsed_s / max(self.step, 1))
@@ -1953,6 +1974,11 @@ def save_artifact(
         payload = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
         ratio = payload / max(entropy, 1.0)
         log.row("packing", payload=payload, order0_entropy=round(entropy), ratio=ratio, **used.coarseness)
+        # The integers share a code, so each tensor gets of the file what it has of the sum of all packed alone.
+        keys = ([name, f"{name}.levels", f"{name}.scale"] for name in model.plan)
+        alone = [len(pack({key: tensors[key] for key in own if key in tensors})) - len(pack({})) for own in keys]
+        ends = np.rint(np.cumsum([0, *alone]) * (len(packed) / sum(alone))).astype(int)
+        log.tell("tensor_bytes", bytes=dict(zip(model.plan, np.diff(ends).tolist())), codec=model.plan)
     write_artifact_file(path, packed)
     return len(packed)
 
@@ -2035,9 +2061,11 @@ def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     """Log what counts against the limit. Raises ArtifactError, before any evaluation, above it."""
     code = code_bytes()
     total = code + artifact_bytes
-    log.row("artifact_bytes", text=f"Serialized model {label}: {artifact_bytes} bytes", bytes=artifact_bytes)
-    log.row("code_bytes", text=f"Code size: {code} bytes", bytes=code, files=[p.name for p in code_paths()])
-    log.row("total_bytes", text=f"Total submission size {label}: {total} bytes", bytes=total, limit=SIZE_LIMIT_BYTES)
+    log.row("artifact_bytes", "", f"Serialized model {label}: {artifact_bytes} bytes", dict(bytes=artifact_bytes))
+    files = [path.name for path in code_paths()]
+    log.row("code_bytes", "", f"Code size: {code} bytes", dict(bytes=code, files=files))
+    told = dict(bytes=total, limit=SIZE_LIMIT_BYTES)
+    log.row("total_bytes", "", f"Total submission size {label}: {total} bytes", told)
     if total > SIZE_LIMIT_BYTES:
         remedy = f"set FIT_BYTES=1 for coarser integers, or {SMALLER_MODEL}"
         raise ArtifactError(f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; {remedy}")
@@ -2378,20 +2406,29 @@ def score_stream(model: GPT, config: Config, runtime: Runtime, validation: Valid
     return scorer.finish(*scorer.score_all(windows, 0, len(windows.starts)))
 
 
-def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet) -> TokenScores:
+def score_then_adapt(
+    model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, log: RunLog | None = None
+) -> TokenScores:
     """Legal TTT: score a chunk, then train a copy of the model on it, unless it is the last."""
     windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
     trainer = TestTimeTrainer(copy.deepcopy(model), config, runtime, validation)
     scorer = WindowScorer(trainer.average, config, runtime, validation.tokens, config.ttt_temperature)
     window_ends = np.cumsum(windows.tails)
     chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
-    scores = []
+    scores, so_far = [], np.zeros(2)  # bits and bytes
     for chunk, start in enumerate(chunk_starts):
         stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
         first, last = np.searchsorted(window_ends, (start, stop), side="right")
         scores.append(scorer.score_all(windows, int(first), int(last)))
+        lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < validation.num_targets else 0.0
+        if log is not None:
+            nats, size = -scores[-1][0].sum(dtype=np.float64), validation.bytes[start:stop].sum(dtype=np.int64)
+            so_far += nats / math.log(2), size
+            bpb, bpb_so_far = nats / math.log(2) / max(size, 1), so_far[0] / max(so_far[1], 1)
+            told = dict(chunk=chunk + 1, chunks=len(chunk_starts), targets=stop, val_loss=nats / (stop - start))
+            log.tell("ttt_chunk", **told, val_bpb=bpb, val_bpb_so_far=bpb_so_far, lr=lr)
         if stop < validation.num_targets:
-            trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
+            trainer.train_on(scorer, range(start, stop), lr)
     return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
 
 
@@ -2467,7 +2504,7 @@ class WindowScorer:
     def __init__(self, model: GPT, config: Config, runtime: Runtime, tokens: np.ndarray, temperature: float = 1.0):
         self.model, self.runtime, self.temperature = model, runtime, temperature
         self.batch_seqs = config.eval_batch_seqs
-        self.samples = sample_targets(len(tokens) - 1)
+        self.samples = sample_targets(len(tokens) - 1, config.sample_seed)
         self.sampled = torch.zeros(len(self.samples), config.vocab_size, device=runtime.device)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         forward = model.token_scores
@@ -2507,7 +2544,7 @@ class WindowScorer:
 
     def finish(self, logp: np.ndarray, entropy: np.ndarray) -> TokenScores:
         """The scores with the sampled predictions, until now on different ranks."""
-        return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy())
+        return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy(), self.samples)
 
 
 class Windows(NamedTuple):
@@ -2532,12 +2569,13 @@ def plan_windows(num_targets: int, seq_len: int, stride: int, chunk: int = 0) ->
 class TokenScores(NamedTuple):
     """Per target, in stream order: log-probability and the prediction's entropy, nats, fp32, (targets,).
 
-    `sampled` (S, V): whole predictions at the `sample_targets`, to check validity by.
+    `sampled` (S, V): whole predictions at the sampled `targets` (S,), ascending, to check validity by.
     """
 
     logp: np.ndarray
     entropy: np.ndarray
     sampled: np.ndarray = np.zeros((0, 0), np.float32)
+    targets: np.ndarray = np.zeros(0, np.int64)
 
 
 def score_of(logp: np.ndarray | float, validation: ValidationSet, valid: bool = True) -> Score:
@@ -2564,11 +2602,13 @@ class Score(NamedTuple):
         return dict(val_loss=self.val_loss, val_bpb=self.val_bpb)
 
 
-def sample_targets(num_targets: int) -> np.ndarray:
-    """Where the mixture's mass is checked, ascending: 64 targets evenly spread and the first 16, where a
-    mixer that has seen what it should not stands out most.
+def sample_targets(num_targets: int, seed: int) -> np.ndarray:
+    """Where the mixture is checked, ascending: a target drawn from each 64th part of the stream, and the first 16,
+    where a mixer that has seen what it should not stands out most.
     """
-    return np.union1d(np.linspace(0, num_targets - 1, 64).astype(np.int64), np.arange(min(16, num_targets)))
+    starts, stops = (np.arange(64) + np.array([[0], [1]])) * num_targets // 64
+    drawn = np.random.default_rng(seed).integers(starts, np.maximum(stops, starts + 1))
+    return np.union1d(drawn, np.arange(min(16, num_targets)))
 
 
 # 9. Counts and mixers ------------------------
@@ -2583,8 +2623,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
     began = time.perf_counter()
     sums = [0.0] * 4
     if runtime.is_main:
-        samples = sample_targets(validation.num_targets)
-        probe = MassProbe(samples + 1, scores.sampled, scores.entropy[samples])
+        probe = MassProbe(scores.targets + 1, scores.sampled, scores.entropy[scores.targets])
         tokens = torch.from_numpy(validation.tokens.astype(np.int64)).to(runtime.device)
         logp = mix_scores(mixer, tokens, scores.logp, scores.entropy, probe)
         worst = np.abs(probe.mass - 1).max()
@@ -2592,7 +2631,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
     total_logp, mass, worst, gap = runtime.from_main(*sums)
     result = score_of(total_logp, validation, valid=worst <= MASS_TOLERANCE and gap <= GAP_TOLERANCE)
     seconds = time.perf_counter() - began
-    log_result(log, "final_mixed", result, seconds, mass=mass, worst=worst, gap=gap, valid=result.valid)
+    log_result(log, "final_", "mixed", result, seconds, mass=mass, worst=worst, gap=gap, valid=result.valid)
     return result
 
 
@@ -3032,9 +3071,16 @@ class Runtime:
         self.former_handlers: list[Any] = []
 
     @staticmethod
-    def label(environ: Mapping[str, str]) -> str:
-        """Which rank an error is of, where there are several."""
-        return f"rank {environ['RANK']}: " if "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1" else ""
+    def tell_error(text: str, environ: Mapping[str, str]) -> None:
+        """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
+        several, when = "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1", datetime.datetime.now().timestamp()
+        line = f"error: rank {environ['RANK']}: {text}" if several else f"error: {text}"
+        # What every rank finds is for rank 0 to say: its launcher then ends the others.
+        time.sleep(2.0 if several and environ["RANK"] != "0" else 0.0)
+        sys.stderr.write(line + "\n")
+        if path := environ.get("TORCHELASTIC_ERROR_FILE"):
+            with contextlib.suppress(OSError):
+                Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": when}}}))
 
     def _pick_device(self, choice: str) -> torch.device:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -3194,15 +3240,17 @@ class Runtime:
             world_size=self.world_size, device=self.device.type, hardware=name, threads=torch.get_num_threads(),
         )  # fmt: skip
 
-    def peak_memory_line(self) -> str:
+    def peak_memory(self) -> tuple[str, State]:
+        """The log's line, and the same for machines."""
         if self.device.type == "cuda":
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
+            peak, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+            line = f"peak memory allocated: {peak} MiB reserved: {reserved} MiB"
+            return line, dict(peak_mib=peak, reserved_mib=reserved)
         with contextlib.suppress(ImportError):
             resource = importlib.import_module("resource")
-            kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return f"peak memory allocated: {kib >> 10} MiB (process, resident)"
-        return "peak memory allocated: unknown on this system"
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            return f"peak memory allocated: {peak} MiB (process, resident)", dict(peak_mib=peak)
+        return "peak memory allocated: unknown on this system", {}
 
 
 def cpu_name() -> str:
@@ -3256,15 +3304,22 @@ class RunLog:
                 sys.stderr.write(f"warning: cannot write the log {stream.name}: {error.strerror}; the run goes on\n")
             self.failed.add(stream.name)
 
-    def row(self, event: str, note: str = "", text: str = "", **fields: Any) -> None:
-        """One event as `event key:value … note` (or `text`) and as JSON; `train_time_ms=1.0` shows `train_time:1ms`."""
-        if not self.active:
-            return
+    def row(self, event: str, note: str = "", head: str = "", told: State | None = None, **fields: Any) -> None:
+        """One event as `event key:value … note` and as JSON; `train_time_ms=1.0` shows `train_time:1ms`.
+
+        The line begins with `head` where one is given; `told` is for machines alone.
+        """
         digits = 8 if event.endswith("_exact") else 4
-        parts = [event, *(_key_value(name, value, digits) for name, value in fields.items()), note]
-        self.line(text or " ".join(filter(None, parts)))
-        record = {"event": event, **fields} | ({"note": note} if note else {})
-        self._write(self.json_file, json.dumps(record) + "\n")
+        shown = (_key_value(name, value, digits) for name, value in fields.items())
+        self.line(" ".join(filter(None, [head or event, *shown, note])))
+        self.tell(event, **(told or {}), **fields, **({"note": note} if note else {}))
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """One event as JSON alone."""
+        if self.active:
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+            record = {"event": event, "time": now.replace("+00:00", "Z"), **fields}
+            self._write(self.json_file, json.dumps(record) + "\n")
 
     def progress(self, done: int, total: int, text: str) -> None:
         if self.active:

@@ -42,8 +42,7 @@ def mix(config: train_gpt.Config, tokens: np.ndarray, scores: train_gpt.TokenSco
     mixer = train_gpt.make_mixer(config)
     if mixer is None:
         return scores.logp.astype(np.float64), float(np.exp(scores.sampled).sum(1).mean()), 0.0
-    samples = train_gpt.sample_targets(len(scores.logp))
-    probe = train_gpt.MassProbe(samples + 1, scores.sampled, scores.entropy[samples])
+    probe = train_gpt.MassProbe(scores.targets + 1, scores.sampled, scores.entropy[scores.targets])
     ids = torch.from_numpy(tokens.astype(np.int64))
     logp = train_gpt.mix_scores(mixer, ids, scores.logp, scores.entropy, probe)
     return logp, float(probe.mass.mean()), time.perf_counter() - began
@@ -116,8 +115,9 @@ def on_random_tokens(config: train_gpt.Config, count: int = 200_000) -> dict[str
     vocab_size = config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, count + 1)
     uniform = np.full(count, -math.log(vocab_size), np.float32)
-    sampled = np.full((len(train_gpt.sample_targets(count)), vocab_size), -math.log(vocab_size), np.float32)
-    scores = train_gpt.TokenScores(uniform, -uniform, sampled)
+    targets = train_gpt.sample_targets(count, seed=1)
+    sampled = np.full((len(targets), vocab_size), -math.log(vocab_size), np.float32)
+    scores = train_gpt.TokenScores(uniform, -uniform, sampled, targets)
     logp, _, _ = mix(dataclasses.replace(config, mixer="backoff"), tokens, scores)
     return dict(neural=math.log2(vocab_size), mixed=float(-logp.mean() / math.log(2)), unit="bits per token")
 

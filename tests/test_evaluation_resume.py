@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from support import Run, event, read_events, tiny_environ
+from ranks import run_whole
+from support import VAL_TARGETS, Run, event, events_of, read_events, tiny_environ
 from test_restarts import start
 
 import train_gpt
@@ -93,9 +94,13 @@ def test_finished_stages_are_not_repeated(settings, whole, tiny_data, run_main, 
 
 
 @pytest.mark.parametrize(
-    "change", [dict(TTT_LR=0.003), dict(EVAL_STRIDE=8), dict(VAL_TOKENS=900), "artifact", "torn", "odd", "fresh"],
+    "change",
+    [
+        dict(TTT_LR=0.003), dict(EVAL_STRIDE=8), dict(VAL_TOKENS=900), dict(SAMPLE_SEED=5),
+        "artifact", "torn", "odd", "fresh",
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_stages_of_another_evaluation_are_not_taken(
     tiny_run, tiny_data, settings, run_main, tmp_path, monkeypatch, change
 ):
@@ -227,8 +232,7 @@ def test_one_wrong_prediction_makes_a_result_invalid(tiny_run, tiny_data, run_ma
     log_mixed = train_gpt.log_mixed
 
     def with_one_wrong(mixer: Any, scores: train_gpt.TokenScores, *arguments: Any) -> train_gpt.Score:
-        samples = train_gpt.sample_targets(len(scores.logp))
-        mix, chosen = mixer.mix, scores.entropy[samples[30]]
+        mix, chosen = mixer.mix, scores.entropy[scores.targets[30]]
         mixer.mix = lambda block: mix(block) + np.where(block.entropy == chosen, np.log1p(0.004 * wrong), 0)
         return log_mixed(mixer, scores, *arguments)
 
@@ -242,3 +246,65 @@ def test_one_wrong_prediction_makes_a_result_invalid(tiny_run, tiny_data, run_ma
     last = outcome.stdout.splitlines()[-1]
     assert f"valid:{not wrong}" in last
     assert ("INVALID" in last) == wrong
+
+
+class SeesItsTarget(train_gpt.BackoffNgramMixer):
+    """Counts each target before it is scored, and is honest where it is asked about every token."""
+
+    def counts(self, tokens: torch.Tensor, probe: Any = None) -> Any:
+        for seen, followed, distinct in super().counts(tokens, probe):
+            yield train_gpt.NgramCounts(seen + (probe is None), followed + (probe is None), distinct)
+
+
+def mixed(environ: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rows about the targets that were looked at, and about what was found there."""
+    return event(events_of(environ), "sampled_targets"), event(events_of(environ), "final_mixed")
+
+
+def test_a_mixer_that_saw_its_target_is_caught_wherever_the_seed_looks(
+    tiny_run, tiny_data, run_main, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_gpt, "BackoffNgramMixer", SeesItsTarget)
+    found = []
+    for seed in (1, 2):
+        settings = dict(EVAL_ONLY=1, ARTIFACT=tiny_run.artifact, MIXER="backoff", TTT_ENABLED=0, SAMPLE_SEED=seed)
+        environ = tiny_environ(tiny_data, tmp_path / str(seed), **settings)
+        assert "INVALID" in run_main(environ).stdout.splitlines()[-1]
+        looked, row = mixed(environ)
+        assert looked["seed"] == seed
+        assert 64 <= looked["count"] <= 80
+        assert not row["valid"]
+        assert row["worst"] < train_gpt.MASS_TOLERANCE
+        assert row["gap"] > 1000 * train_gpt.GAP_TOLERANCE
+        found.append((row["mass"], row["gap"]))
+    assert found[0] != found[1]
+
+
+def test_a_seed_means_the_same_targets_on_any_number_of_ranks(tiny_run, tiny_data, tmp_path):
+    """Hashed counts have at each target a mass of its own, which tells where the run has looked."""
+    hashed = dict(MIXER="backoff-published", NGRAM_COUNTS="hashed", NGRAM_BUCKETS=256, NGRAM_BLOCK=128)
+    settings = hashed | dict(EVAL_ONLY=1, ARTIFACT=tiny_run.artifact, TTT_ENABLED=0)
+    found = {}
+    for name, ranks, seed in (("one", 1, 7), ("two", 2, 7), ("other", 1, 8), ("none", 1, 0), ("two, none", 2, None)):
+        environ = tiny_environ(tiny_data, tmp_path / name, **settings, SAMPLE_SEED=seed)
+        assert run_whole(environ, ranks).returncode == 0
+        found[name] = mixed(environ)
+    masses = {name: row["mass"] for name, (_, row) in found.items()}
+    assert masses["one"] == pytest.approx(masses["two"], rel=1e-5)
+    assert masses["none"] == pytest.approx(masses["two, none"], rel=1e-5)
+    assert min(abs(masses["one"] / masses[name] - 1) for name in ("other", "none")) > 1e-3
+    seeds = {name: looked["seed"] for name, (looked, _) in found.items()}
+    assert (seeds["one"], seeds["two"], seeds["other"]) == (7, 7, 8)
+    assert seeds["none"] == seeds["two, none"] > 0  # of the artifact and the text, so a restart's is the same
+
+
+@pytest.mark.parametrize("count", [1, 15, 40, 100, VAL_TARGETS, 62_021_632])
+def test_sampled_targets_are_spread_over_the_whole_stream(count):
+    first, again, other = (train_gpt.sample_targets(count, seed) for seed in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert np.array_equal(first, other) == (count < 64)
+    for targets in (first, other):
+        assert (np.diff(targets) > 0).all()
+        assert set(range(min(16, count))) <= set(targets.tolist())
+        assert 0 <= targets[0] <= targets[-1] < count
+        assert np.diff([*targets, count]).max() <= 2 * count / 64 + 1

@@ -58,7 +58,12 @@ if rank == 1:
 
 def errors_of(stderr: str) -> list[str]:
     """Lines of an error, those of torchrun apart."""
-    return [text for text in stderr.splitlines() if "error: " in text and "torch" not in text]
+    return [text for text in stderr.splitlines() if text.startswith("error: ")]
+
+
+def last_words(stderr: str) -> str:
+    """The last line that is more than a rule, without the name that torchrun gives it."""
+    return [text for text in stderr.splitlines() if re.search("[a-z]", text)][-1].strip().removeprefix("traceback : ")
 
 
 def run_with_own_data(tiny_data: Path, folder: Path, *damaged: int) -> str:
@@ -77,7 +82,9 @@ def run_with_own_data(tiny_data: Path, folder: Path, *damaged: int) -> str:
 
 def test_a_shard_that_one_rank_cannot_read_costs_no_step(tiny_data, tmp_path):
     """Rank 1 alone fails to read ahead; both ranks save the state of that step before the job ends with one error."""
-    (error,) = errors_of(run_with_own_data(tiny_data, tmp_path, 1))
+    stderr = run_with_own_data(tiny_data, tmp_path, 1)
+    (error,) = errors_of(stderr)
+    assert last_words(stderr) == error
     assert error.startswith(f"error: rank 1: {tmp_path}/data1/tiny_train_000000.bin ")
     assert "has changed during the run" in error
     rows = read_events(tmp_path / "out" / "logs" / "run.jsonl")
@@ -87,7 +94,9 @@ def test_a_shard_that_one_rank_cannot_read_costs_no_step(tiny_data, tmp_path):
 
 
 def test_a_fault_of_all_ranks_is_told_once(tiny_data, tmp_path):
-    (error,) = errors_of(run_with_own_data(tiny_data, tmp_path, 0, 1))
+    stderr = run_with_own_data(tiny_data, tmp_path, 0, 1)
+    (error,) = errors_of(stderr)
+    assert last_words(stderr) == error
     assert error.startswith(f"error: rank 0: {tmp_path}/data0/tiny_train_000000.bin ")
 
 
@@ -106,8 +115,20 @@ def test_an_artifact_that_cannot_be_written_ends_the_job(tiny_data, tmp_path):
     process = run_script(tiny_environ(tiny_data, tmp_path, ITERATIONS=2), nproc=2, timeout_s=45)
     assert process.returncode != 0
     (error,) = errors_of(process.stderr)
+    assert last_words(process.stderr) == error
     assert error.startswith(f"error: rank 0: cannot write the artifact {tmp_path}/final_model.int6.ptz: ")
     assert 'train_gpt.py", line' not in process.stderr
+
+
+@pytest.mark.parametrize("wrong", [dict(ITERATIONS="-5"), dict(TOKENIZER_PATH="absent.model")])
+def test_under_torchrun_a_users_error_is_the_last_thing_said(tiny_data, tmp_path, wrong):
+    process = run_script(tiny_environ(tiny_data, tmp_path, **wrong), nproc=2, timeout_s=45)
+    assert process.returncode != 0
+    (error,) = errors_of(process.stderr)
+    assert error.startswith("error: rank 0: ")
+    assert str(*wrong.values()) in error
+    assert last_words(process.stderr) == error
+    assert len(re.findall(r"exitcode *: 2 ", process.stderr)) == 1  # torchrun ended the other rank
 
 
 def wait_for(process: subprocess.Popen, path: Path, text: str) -> None:

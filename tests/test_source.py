@@ -72,7 +72,7 @@ def test_only_main_hands_out_the_environment_and_only_config_and_runtime_take_it
                 receivers.add(dotted(node.func))
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             assert not {alias.name for alias in node.names} & {"environ", "getenv"}
-    assert receivers == {"Config.from_env", "Runtime", "Runtime.label"}
+    assert receivers == {"Config.from_env", "Runtime", "Runtime.tell_error"}
     uses = [node for node, owner in nodes_with_owner() if owner == "main" and dotted(node) == "os.environ"]
     assert len(uses) == 3  # each of them as an argument of the calls above
 

@@ -176,8 +176,8 @@ class Neural:
 
     def claim(self, tokens: np.ndarray, target: int) -> np.ndarray:
         """The prediction (V,) kept for the run's own check of its mass; `target` must be one of those sampled."""
-        row = np.searchsorted(train_gpt.sample_targets(len(tokens) - 1), target)
-        return np.exp(self.run(tokens).sampled[row].astype(np.float64))
+        scores = self.run(tokens)
+        return np.exp(scores.sampled[np.searchsorted(scores.targets, target)].astype(np.float64))
 
 
 class Mixed:
@@ -203,7 +203,7 @@ class Mixed:
 
     def claim(self, tokens: np.ndarray, target: int) -> np.ndarray:
         scores = self.neural.run(tokens)
-        row = np.searchsorted(train_gpt.sample_targets(len(tokens) - 1), [target])
+        row = np.searchsorted(scores.targets, [target])
         probe = train_gpt.MassProbe(np.array([target + 1]), scores.sampled[row], scores.entropy[[target]])
         self.mix(tokens, scores.logp, scores.entropy, probe)
         return probe.distributions[0]
@@ -550,7 +550,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def check_training_time(rows: Sequence[dict[str, Any]]) -> Verdict:
     """Training, and calibration on training data; the step that meets the limit may end."""
-    steps = [row for row in rows if row["event"].startswith("step:") and "train_time_ms" in row]
+    steps = [row for row in rows if row["event"] in ("step", "step_validation") and "train_time_ms" in row]
     if not steps:
         return True, "the log is of an evaluation alone"
     seconds, step_s = steps[-1]["train_time_ms"] / 1000, steps[-1].get("step_avg_ms", 0.0) / 1000
@@ -791,7 +791,7 @@ def pick_targets(num_targets: int, config: train_gpt.Config, count: int) -> list
     """
     chunk = config.ttt_chunk_tokens
     wanted = [num_targets - 5, 2 * chunk + 1, 40, 20, num_targets - 20, chunk, 30, 10, 0]
-    kept = train_gpt.sample_targets(num_targets)
+    kept = train_gpt.sample_targets(num_targets, config.sample_seed)
     nearest = [int(kept[np.abs(kept - target).argmin()]) for target in wanted]
     return list(dict.fromkeys(nearest))[:count]
 
@@ -833,7 +833,7 @@ def audit_own_blocks(report: Report, model: train_gpt.GPT, recipe: train_gpt.Con
         shorten(recipe, LONG_TARGETS), eval_stride=24, eval_batch_seqs=64, ngram_block=recipe.ngram_block
     )
     tokens = make_stream(zipf_material(config.vocab_size, 12_000, 4), LONG_TARGETS + 1)
-    targets = train_gpt.sample_targets(LONG_TARGETS)[-2:-1].tolist()
+    targets = train_gpt.sample_targets(LONG_TARGETS, config.sample_seed)[-2:-1].tolist()
     for stage in mixer_stages(Neural(model, config, ttt=False), config, whole=True):
         report.add("future invariance", CAUSAL, stage.name, lambda s=stage: check_future(s, tokens, (2047, 10_500)))
         check_predictions(report, stage, tokens, targets)

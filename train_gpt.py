@@ -1460,8 +1460,8 @@ class Optimizers:
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime, compiled: bool = False):
         self.config, self.runtime = config, runtime
-        banks = [model.get_parameter(name) for name in BANK_NAMES]
-        self.muon = Muon(banks, config, runtime, model.dtype, compiled)
+        self.muon = Muon([model.get_parameter(name) for name in BANK_NAMES], config, runtime, compiled)
+        self.muon.dtype = model.dtype
         rest = {name: ROLES[role].rate for name, role in model.parameter_roles().items() if name not in BANK_NAMES}
         self.flat_grad = flatten_gradients([model.get_parameter(name) for name in rest])
         groups = [
@@ -1524,10 +1524,10 @@ class Optimizers:
 class Muon:
     """Parallel Muon (pull request 977): each rank owns 1/world_size of every bank's matrices."""
 
-    def __init__(
-        self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, dtype: torch.dtype, compiled: bool
-    ):
-        self.runtime, self.config, self.dtype = runtime, config, dtype
+    dtype = torch.float32  # of the products in the iteration
+
+    def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, compiled: bool):
+        self.runtime, self.config = runtime, config
         self.shards = [BankShard(bank, runtime) for bank in banks]
         self.newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
 
@@ -3367,45 +3367,41 @@ class Runtime:
 
 def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     """The config with what the machine decides where nothing is set; the same on every rank."""
-    native = multiplies_bf16(runtime.device)
-    slowest, negated_tokens = runtime.largest(float(not native), -fitting_tokens(config, runtime))
-    dtype, why = ("fp32", "some rank would only emulate bf16") if slowest else ("bf16", "bf16 is native here")
-    if config.compute_dtype != "auto":
-        dtype, why = config.compute_dtype, "as set"
-    tokens = config.micro_batch_tokens or int(-negated_tokens)
-    log.row("machine", why, compute_dtype=dtype, micro_batch_tokens=tokens)
-    return dataclasses.replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
+    [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
+    dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
+    [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
+    chosen = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
+    log.row("machine", **chosen, native_bf16=int(not emulated))
+    return dataclasses.replace(config, **chosen)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether its products of bf16 matrices are computed natively, not emulated in fp32, which is slower than fp32."""
+    """Whether products of bf16 matrices are native there; where they are emulated they are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_info().split())
 
 
-def fitting_tokens(config: Config, runtime: Runtime) -> int:
-    """How many tokens a forward and backward pass may have in a share of the memory that this rank can count on.
+def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
+    """Tokens whose forward and backward pass fits this rank's share of the memory, by what passes were seen to take.
 
-    Of the whole memory, not of what is free, so that a run can be repeated.
+    Of all memory, not of what is free, so that a run can be repeated.
     """
     if runtime.device.type == "cuda":
         memory = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
     else:
         memory = 0.5 * cpu_memory() / runtime.local_world_size
-    layers, width = config.num_layers + len(config.repeat_layers), config.model_dim
-    matrices = layers * (2 * width * width + 2 * config.kv_dim * width + 2 * config.mlp_dim * width)
-    per_token = layers * (24 * width + 6 * config.mlp_dim) * 4 + (1 + config.mtp_num_heads) * config.vocab_size * 20
-    tokens = int((memory - 32 * matrices) / per_token)
-    return max(min(tokens, MOST_MICRO_BATCH_TOKENS), config.train_seq_len)
+    layers = config.num_layers + len(config.repeat_layers)
+    per_token = layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
+    per_token += (1 + config.mtp_num_heads) * config.vocab_size * 20
+    return max(min(int(memory / per_token), MOST_MICRO_BATCH_TOKENS), config.train_seq_len)
 
 
 def cpu_memory() -> float:
     """Bytes of memory of this machine, or of the container around the process."""
-    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))] if hasattr(os, "sysconf") else [2.0**33]
-    with contextlib.suppress(OSError, ValueError):  # not in a container, or without a limit
-        limits.append(float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return min(limits)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a container without a limit
+        return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def cpu_info() -> str:

@@ -129,6 +129,12 @@ def main(arguments: Sequence[str] = ()) -> int:
             checkpoints = Checkpoints(config, runtime, log)
             try:
                 run(config, runtime, log, checkpoints)
+            except (MemoryError, RuntimeError) as error:
+                if not (isinstance(error, MemoryError) or "allocate" in str(error)):  # how torch and CUDA put it
+                    raise
+                found = str(error).partition("\n")[0]
+                remedy = f"lower MICRO_BATCH_TOKENS to train, EVAL_BATCH_SEQS={config.eval_batch_seqs} to evaluate"
+                raise UserError(f"out of memory ({found:.200}); {remedy}") from error
             finally:
                 checkpoints.finish()  # what is being written gets its time
     except Stopped as stop:
@@ -143,9 +149,10 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     """The whole job: train (unless EVAL_ONLY), reload the artifact into a fresh model, score it."""
     backend, attend = choose_attention(config.attention, runtime.device)
     log.row("environment", **runtime.describe(), attention=backend)
-    log.row("config", **dataclasses.asdict(config))
     everywhere = config.without(*PLACE_FIELDS, "resume")  # on another node files may lie at another place
     runtime.require_same("settings or code", everywhere.to_json() + code_digest())
+    config = follow_machine(config, runtime, log)
+    log.row("config", **dataclasses.asdict(config))
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)
     if validation.unknown_origin:
@@ -169,7 +176,8 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     seed = config.sample_seed or 1 + int(digest_of(content, validation.digest)[:12], 16)  # a restart's is the same
     config = dataclasses.replace(config, sample_seed=seed)
     log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
-    settings = f"{config.portable().to_json()} {runtime.world_size}"
+    model.compute_dtype = COMPUTE_DTYPES[config.compute_dtype]
+    settings = f"{config.portable().to_json()} {config.compute_dtype} {runtime.world_size}"
     finished = FinishedStages(checkpoints, digest_of(content, validation.digest, settings, *code_paths()))
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, finished)
     finished.forget()
@@ -253,7 +261,8 @@ def evaluate(
             log_result(log, prefix, stage, result, seconds, **extra)
             if index == 0:
                 total_s = projected_seconds(config, validation.num_targets, seconds)
-                log.row("evaluation_projected", total_s=total_s, budget_s=STAGE_BUDGET_S)
+                note = "above what the contest allows" if total_s > STAGE_BUDGET_S else ""
+                log.row("evaluation_projected", note, total_s=total_s, budget_s=STAGE_BUDGET_S)
         mixer, began = make_mixer(config), time.perf_counter()
         if mixer is not None:
             result = log_mixed(mixer, finished.scores, runtime, log, validation)
@@ -301,6 +310,7 @@ class Config:
     device: str = setting("auto", "auto: a GPU if there is one", ["auto", "cpu", "cuda"])
     attention: str = setting("auto", "auto: the fastest kernel there is", ["auto", "fa3", "fa2", "cudnn", "sdpa"])
     compile: bool | None = setting(None, "compile the model; auto: on CUDA only")
+    compute_dtype: str = setting("auto", "of matrix products; auto: bf16 where it is native", ["auto", "bf16", "fp32"])
     join_seconds: float = setting(900.0, "how long ranks wait for each other", (1, 1e6))
     checkpoint_seconds: float = setting(120.0, "between checkpoints; 0: only at a signal and at the end", (0, 1e7))
     checkpoint_keep: int = setting(2, "newest checkpoints of a run that stay on disk", (1, 1000))
@@ -324,6 +334,9 @@ class Config:
     bigram_start_bucket: bool = setting(True, "position 0 has a bucket; else token 0 precedes it")
     zero_init_out: bool = setting(True, "output and down projections start at 0, else small")
     smear_bos_mask: bool = setting(True, "SmearGate takes nothing across a document's start")
+    parallel_residual_from: int = setting(64, "first layer whose attention and MLP read one input", (0, 64))
+    repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run a second time, in their order")
+    repeat_from: float = setting(0.4, "share of the training after which they are", (0, 0.95))
     xsa_last_n: int = setting(4, "last layers whose heads give up their own value's direction (XSA)", (0, 64))
     rope_dims: int = setting(16, "rotated dimensions of a head; 0: all", (0, 512))
     rope_base: float = setting(10_000.0, "of the rotary angles", (10, 1e8))
@@ -335,12 +348,14 @@ class Config:
     mtp_loss_weight: float = setting(0.1, "of their mean loss", (0, 1))
 
     train_batch_tokens: int = setting(786_432, "of one step, over all ranks", (1, 2**30))
-    micro_batch_tokens: int = setting(98_304, "most tokens of a rank's forward pass", (1, 2**30))
+    micro_batch_tokens: int = setting(0, "most tokens of a rank's forward pass; 0: what memory allows", (0, 2**30))
+    shuffle: bool = setting(True, "sequences in a random order of all shards; 0: front to back")
     train_seq_len: int = setting(2048, "tokens of a training sequence", (2, 2**20))
     iterations: int = setting(20_000, "steps", (1, LARGE))
     max_wallclock_seconds: float = setting(600.0, "cap of training and calibration; 0: none", (0, 1e7))
-    warmup_steps: int = setting(20, "prime compilation; then weights and data position are restored", (0, 1000))
+    warmup_steps: int = setting(20, "that compile; then weights and data position are restored", (0, 1000))
     warmdown_iters: int = setting(3700, "last steps, in which the LR scale falls to 0", (0, LARGE))
+    min_lr: float = setting(0.0, "LR scale at the end", (0, 1))
     matrix_lr: float = setting(0.027, "of the banks (Muon)", (0, 10))
     tied_embed_lr: float = setting(0.035, "of the tied token embedding and the tables", (0, 10))
     embed_lr: float = setting(0.6, "of an untied token embedding", (0, 10))
@@ -350,6 +365,7 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "its first value", (0, 0.9999))
     muon_momentum_warmup_steps: int = setting(1500, "steps until it is MUON_MOMENTUM", (0, LARGE))
     muon_steps: int = setting(5, "Newton–Schulz iterations", (1, 20))
+    muon_eq_rows: bool = setting(False, "rows of the momentum are normalised before them (MuonEq-R)")
     muon_wd: float = setting(0.04, "decoupled weight decay of Muon", (0, 1))
     adam_wd: float = setting(0.04, "decoupled weight decay of AdamW", (0, 1))
     beta1: float = setting(0.9, "of AdamW", (0, 0.9999))
@@ -423,8 +439,9 @@ class Config:
             raise ConfigError(f"RECIPE={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
         names = {each.name.upper(): each.name for each in dataclasses.fields(cls)}
         _reject_foreign(environ, set(names))
-        given = {name: environ[variable] for variable, name in names.items() if variable in environ}
-        return cls(**RECIPES[recipe] | _parse_fields(given)).validate()
+        given = _parse_fields({name: environ[variable] for variable, name in names.items() if variable in environ})
+        values = RECIPES[recipe] | given
+        return cls(**values | prepared_with(values.get("data_path", cls.data_path)) | given).validate()
 
     @classmethod
     def from_json(cls, text: str) -> Config:
@@ -448,7 +465,7 @@ class Config:
             allowed, value = each.metadata["allowed"], getattr(self, each.name)
             fits = value in allowed if isinstance(allowed, list) else not allowed or allowed[0] <= value <= allowed[1]
             _expect(self, fits, each.name, allowed_text(each))
-        heads, layers, width = self.num_heads, self.num_layers, self.head_dim
+        heads, layers, width, repeated = self.num_heads, self.num_layers, self.head_dim, self.repeat_layers
         rotated, window, seq_len = self.rope_dims or width, self.eval_seq_len, self.train_seq_len
         hashed, chunk = self.ngram_counts == "hashed", self.ttt_chunk_tokens if self.ttt_enabled else window
         frozen = self.ttt_freeze_blocks if self.ttt_enabled else 0
@@ -462,6 +479,8 @@ class Config:
             (self.xsa_last_n <= layers, "xsa_last_n", f"at most NUM_LAYERS={layers}"),
             (set(self.ve_layers) <= set(range(layers)), "ve_layers", f"layers from 0 to {layers - 1}"),
             (len(set(self.ve_layers)) == len(self.ve_layers), "ve_layers", "no layer twice"),
+            (set(repeated) <= set(range(layers)), "repeat_layers", f"layers from 0 to {layers - 1}"),
+            (all(b - a == 1 for a, b in itertools.pairwise(repeated)), "repeat_layers", "neighbours in their order"),
             (self.eval_stride <= window, "eval_stride", f"at most EVAL_SEQ_LEN={window}"),
             # A shorter chunk would be trained on before all of it is scored.
             (chunk >= window, "ttt_chunk_tokens", f"at least EVAL_SEQ_LEN={window}"),
@@ -485,7 +504,7 @@ class Config:
 
     def portable(self) -> Config:
         """The config in an artifact: no MTP heads, no paths, nothing of restarts."""
-        return dataclasses.replace(self.without(*PLACE_FIELDS, *PROCESS_FIELDS), mtp_num_heads=0)
+        return dataclasses.replace(self.without(*PLACE_FIELDS, *PROCESS_FIELDS, *MACHINE_FIELDS), mtp_num_heads=0)
 
     @property
     def head_dim(self) -> int:
@@ -527,11 +546,16 @@ class Config:
 
 PLACE_FIELDS = ("data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id")
 PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_seconds")
+MACHINE_FIELDS = ("compute_dtype", "micro_batch_tokens")
 # Fields that begin like this may differ in a resumed run: they do not change what training computes.
 NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
     "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
     "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
+)  # fmt: skip
+
+FRONTIER: dict[str, Any] = dict(
+    qk_gain_init=5.0, min_lr=0.05, muon_eq_rows=True, ema_decay=0.9965, quantizer="gptq", fit_bytes=True,
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -553,14 +577,25 @@ RECIPES: dict[str, dict[str, Any]] = {
         rope_train_len=0, ln_scale=False, ve_layers=(), matrix_lr=0.025, warmdown_iters=3000, late_qat_threshold=1.0,
         weight_average="swa", embed_bits=16, fit_bytes=True, ttt_enabled=True,
     ),
+    "frontier": dict(  # what public work has shown to help
+        **FRONTIER, bigram_vocab_size=3072, bigram_dim=112, xsa_last_n=11, parallel_residual_from=7,
+        repeat_layers=(4, 5), muon_momentum=0.97, train_reserve_seconds=8.0, ttt_enabled=True, mixer="backoff",
+    ),
+    "laptop": dict(
+        **FRONTIER, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, bigram_dim=64, xsa_last_n=6,
+        ve_dim=64, ve_layers=(4, 5), parallel_residual_from=4, repeat_layers=(2, 3), train_seq_len=512,
+        train_batch_tokens=16_384, warmdown_iters=100, muon_momentum_warmup_steps=60, val_loss_every=0,
+        train_log_every=20, train_reserve_seconds=15.0, calibration_tokens=16_384, swarm_enabled=True, swarm_every=20,
+        kg_enabled=True, eval_seq_len=512, ttt_enabled=True, ttt_chunk_tokens=8192, ttt_batch_seqs=8, mixer="backoff",
+    ),
     "demo": dict(
-        data_path="./runs/demo/data", tokenizer_path="./runs/demo/data/tokenizer.model", out_dir="./runs/demo",
+        data_path="./runs/demo/data", out_dir="./runs/demo",
         num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, ve_layers=(2,), ve_dim=32, bigram_dim=64,
         xsa_last_n=1, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=2048,
-        micro_batch_tokens=2048, iterations=500, warmdown_iters=250, warmup_steps=1, max_wallclock_seconds=80.0,
+        micro_batch_tokens=2048, iterations=500, warmdown_iters=250, max_wallclock_seconds=80.0,
         muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.95,
         val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_enabled=True, swarm_every=50,
-        kg_enabled=True, kg_path="./runs/demo/kg_blob.txt", ttt_enabled=True, ttt_epochs=1, ttt_chunk_tokens=8192,
+        kg_enabled=True, ttt_enabled=True, ttt_epochs=1, ttt_chunk_tokens=8192,
         ttt_freeze_blocks=1, ttt_batch_seqs=8, ttt_lr=0.01, mixer="backoff",
     ),
 }  # fmt: skip
@@ -604,6 +639,16 @@ def _parse_fields(texts: Mapping[str, str]) -> dict[str, Any]:
     """Raises ConfigError where a text cannot be read."""
     kinds = typing.get_type_hints(Config)
     return {name: _parse(name.upper(), text, kinds[name]) for name, text in texts.items()}
+
+
+def prepared_with(folder: str) -> dict[str, Any]:
+    """What data/prepare.py says of the shards that it made: their tokenizer, its size and knowledge graph."""
+    try:
+        vocab_size = int(json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    files = dict(tokenizer_path=f"{folder}/tokenizer.model", kg_path=f"{folder}/kg_blob.txt")
+    return dict(vocab_size=vocab_size) | {name: path for name, path in files.items() if os.path.isfile(path)}
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:
@@ -655,6 +700,7 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation text as
 # targets with the bytes that each stands for, which turn nats per token into bits per byte. A shard may be damaged or
 # change while a run reads it, so everything is checked before it is used.
+MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
@@ -675,16 +721,23 @@ class TokenLoader:
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, targets) of each micro-batch, int64 (sequences, train_seq_len)."""
         ready = self.ahead.get(step)
-        tokens = self._read(step) if ready is None else ready.result()
+        rows = self._read(step) if ready is None else ready.result()
         self.ahead = {step + 1: self.reader.submit(self._read, step + 1)}
-        tokens = tokens.to(self.runtime.device, non_blocking=True).to(torch.int64)
-        shape = self.plan.grad_accum_steps, -1, self.config.train_seq_len
-        return list(zip(tokens[:-1].view(shape), tokens[1:].view(shape)))
+        rows = rows.to(self.runtime.device, non_blocking=True).to(torch.int64)
+        return [(part[:, :-1], part[:, 1:]) for part in rows.chunk(self.plan.grad_accum_steps)]
 
     def _read(self, step: int) -> Tensor:
-        rank_tokens = self.plan.rank_seqs * self.config.train_seq_len
-        start = step * self.config.train_batch_tokens + self.runtime.rank * rank_tokens
-        tokens = torch.from_numpy(self.stream.read(start, rank_tokens + 1))
+        """This rank's sequences, each with the token after it: uint16 (rank_seqs, train_seq_len + 1)."""
+        seq_len, seqs = self.config.train_seq_len, self.plan.rank_seqs
+        first = (step * self.runtime.world_size + self.runtime.rank) * seqs
+        sequences = list(range(first, first + seqs))
+        if self.config.shuffle:
+            count = max((len(self.stream) - 1) // seq_len, 1)
+            sequences = [shuffled(position, count, self.config.seed) for position in sequences]
+        rows = np.empty((seqs, seq_len + 1), np.uint16)
+        for row in np.argsort(sequences):  # in the order of the disk
+            rows[row] = self.stream.read(sequences[row] * seq_len, seq_len + 1)
+        tokens = torch.from_numpy(rows)
         return tokens.pin_memory() if self.on_cuda else tokens
 
     def batch_failed(self, step: int) -> bool:
@@ -693,6 +746,25 @@ class TokenLoader:
 
     def close(self) -> None:
         self.reader.shutdown(wait=True, cancel_futures=True)
+
+
+def shuffled(position: int, count: int, seed: int) -> int:
+    """Which of `count` sequences stands at a position of the training order: each once before any comes again.
+
+    A Feistel network over the bits of `count`, walked until it is in range (Black and Rogaway, 2002), permutes
+    without a table; every pass over the data has an order of its own.
+    """
+    epoch, value = divmod(position, count)
+    half_bits = ((count - 1).bit_length() + 1) // 2
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = value >> half_bits, value & mask
+        for turn in range(4):
+            mixed = hashlib.blake2b(f"{seed} {epoch} {turn} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(mixed, "little") & mask
+        value = left << half_bits | right
+        if value < count:
+            return value
 
 
 class BatchPlan(NamedTuple):
@@ -710,7 +782,7 @@ class BatchPlan(NamedTuple):
             fitting = max(seqs // world_size, 1) * world_size * config.train_seq_len
             raise ConfigError(f"{found} and cannot be shared by {world_size} ranks; use {fitting}")
         rank_seqs = seqs // world_size
-        largest = max(1, config.micro_batch_tokens // config.train_seq_len)
+        largest = max(1, (config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS) // config.train_seq_len)
         steps = next(n for n in range(1, rank_seqs + 1) if rank_seqs % n == 0 and rank_seqs // n <= largest)
         return cls(rank_seqs, steps)
 
@@ -944,6 +1016,7 @@ ROLES = {  # banks by size, the largest first: their gradients are reduced in th
 }
 BANK_NAMES = tuple(name for name, role in ROLES.items() if role.optimizer == "muon")
 PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors and scalars in fp32
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RMS_EPS = torch.finfo(torch.float32).eps
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,Dh), k and v (B,T,Hkv,Dh) → (B,T,H,Dh), causal
 Probe = Callable[[str, int, Tensor], None]  # (name of an input of matrices, layer, the input (B, T, in))
@@ -953,14 +1026,15 @@ class GPT(nn.Module):
     """U-net GPT with its matrices in four banks (design: pull requests 1081, 977, 700).
 
     Banks are (rows of layers, out, in); `qo_bank` holds Q then output, `kv_bank` K then V. Master weights are fp32;
-    matrix products run in bf16 on CUDA and fp32 on CPU unless `compute_dtype` is set.
+    matrix products run in `compute_dtype`: where that is None in bf16 on CUDA and fp32 on CPU.
     """
 
     def __init__(self, config: Config, attend: Attention | None = None, initialize: bool = True):
         super().__init__()
         L, D, V = config.num_layers, config.model_dim, config.vocab_size
         self.config, self.attend = config, attend or sdpa_attention
-        self.compute_dtype: torch.dtype | None = None
+        self.compute_dtype = COMPUTE_DTYPES.get(config.compute_dtype)
+        self.repeats = True  # whether REPEAT_LAYERS are run twice, as in the finished model
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, D))
@@ -1035,24 +1109,38 @@ class GPT(nn.Module):
         """The trunk: ids (B, T) → normalised hidden states (B, T, D) and the output matrix (V, D)."""
         config, token_table = self.config, self._weight("tok_emb.weight", qat)
         pairs = self._rows("bigram", pair_buckets(ids, config), qat)
-        x = x0 = self.smear(rms_norm(F.embedding(ids, token_table) + pairs), ids)
+        x = self.smear(rms_norm(F.embedding(ids, token_table) + pairs), ids)
+        x = self._run_layers(x, ids, rope_tables(config, ids.size(1), x), qat, probe)
+        return x, token_table if config.tie_embeddings else self._weight("lm_head.weight", qat)
+
+    def _run_layers(
+        self, x: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], qat: bool, probe: Probe | None = None
+    ) -> Tensor:
+        """All layers on x (B, T, D), and the last norm. The first half's outputs are added in the second half."""
+        config, x0 = self.config, x
         value_embeds: dict[int, Tensor] = {}
         if config.ve_layers:
             shared = self._rows("ve_shared", ids, qat)
             for layer, scale in zip(config.ve_layers, self.ve_layer_scales):
                 value_embeds[layer] = shared * scale.to(x.dtype)
-        rope = rope_tables(config, ids.size(1), x)
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
-        encoder_layers = len(skip_weights)
         skips: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
-            if layer >= encoder_layers and skips:
-                x = x + skip_weights[layer - encoder_layers] * skips.pop()
+        for layer, again in self._layer_order():
+            decoder_layer = layer - len(skip_weights)
+            if decoder_layer >= 0 and skips and not again:
+                x = x + skip_weights[decoder_layer] * skips.pop()
             context = LayerContext(rope, value_embeds.get(layer), self.attend, layer, probe)
-            x = block(x, x0, weights[layer], context)
-            if layer < encoder_layers:
+            x = self.blocks[layer](x, x0, weights[layer], context)
+            if decoder_layer < 0 and not again:
                 skips.append(x)
-        return rms_norm(x), token_table if config.tie_embeddings else self._weight("lm_head.weight", qat)
+        return rms_norm(x)
+
+    def _layer_order(self) -> list[tuple[int, bool]]:
+        """The layers as they are run, and whether again, which takes no part in the skips (pull request 1204)."""
+        once = [(layer, False) for layer in range(self.config.num_layers)]
+        again = [(layer, True) for layer in self.config.repeat_layers if self.repeats]
+        behind = again[-1][0] + 1 if again else 0
+        return [*once[:behind], *again, *once[behind:]]
 
     def _softcapped(self, hidden: Tensor, head: Tensor) -> Tensor:
         cap = self.config.logit_softcap
@@ -1121,7 +1209,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention then MLP, each on a normalised input and with a learned gain per channel."""
+    """Attention then MLP, or both on one input (pull request 1204): normalised, with a learned gain per channel."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -1131,13 +1219,14 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(D), torch.zeros(D)]))
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
-        self.leaky_slope = config.leaky_slope
+        self.leaky_slope, self.parallel = config.leaky_slope, layer >= config.parallel_residual_from
 
     def forward(self, x: Tensor, x0: Tensor, weights: LayerWeights, context: LayerContext) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, weights, context)
-        mlp_in = rms_norm(x) * self.norm_scale
+        attn_in = rms_norm(x) * self.norm_scale
+        x = x + self.attn_scale.to(x.dtype) * self.attn(attn_in, weights, context)
+        mlp_in = attn_in if self.parallel else rms_norm(x) * self.norm_scale
         context.record("mlp_in", mlp_in)
         hidden = F.leaky_relu(F.linear(mlp_in, weights.up), self.leaky_slope).square()
         context.record("mlp_hidden", hidden)
@@ -1382,6 +1471,7 @@ class Optimizers:
     def __init__(self, model: GPT, config: Config, runtime: Runtime, compiled: bool = False):
         self.config, self.runtime = config, runtime
         self.muon = Muon([model.get_parameter(name) for name in BANK_NAMES], config, runtime, compiled)
+        self.muon.dtype = model.dtype
         rest = {name: ROLES[role].rate for name, role in model.parameter_roles().items() if name not in BANK_NAMES}
         self.flat_grad = flatten_gradients([model.get_parameter(name) for name in rest])
         groups = [
@@ -1444,12 +1534,12 @@ class Optimizers:
 class Muon:
     """Parallel Muon (pull request 977): each rank owns 1/world_size of every bank's matrices."""
 
+    dtype = torch.float32  # of the products in the iteration
+
     def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, compiled: bool):
         self.runtime, self.config = runtime, config
         self.shards = [BankShard(bank, runtime) for bank in banks]
         self.newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
-        # bf16 halves the time on CUDA; on a CPU fp32 keeps all world sizes on one trajectory.
-        self.dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
 
     def reduce_gradients(self) -> list[dist.Work]:
         """Start the reduce-scatters, largest bank first."""
@@ -1464,6 +1554,8 @@ class Muon:
             momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
             shard.momentum = torch.where(finite, momentum_now, shard.momentum)
             nesterov = shard.own_grad.add(momentum_now, alpha=momentum)
+            if self.config.muon_eq_rows:  # pull request 1217
+                nesterov = F.normalize(nesterov, dim=-1)
             update = self.newton_schulz(nesterov.to(self.dtype), self.config.muon_steps).float()
             updated = (shard.own_values * (1 - lr * self.config.muon_wd)).add_(update, alpha=-lr * shard.lr_ratio)
             updated = torch.where(finite, updated, shard.own_values)
@@ -1527,11 +1619,17 @@ def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
-    """1, then linear to 0 over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
+    """1, then linear to MIN_LR over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
     remaining = config.iterations - step
     if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
         remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
-    return min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
+    share = min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
+    return config.min_lr + (1 - config.min_lr) * share
+
+
+def progress_at(config: Config, step: int, elapsed_s: float) -> float:
+    """How far the training is, by its steps or its time, whichever is further: 0 to 1."""
+    return max(step / config.iterations, elapsed_s / (config.training_seconds or math.inf))
 
 
 def muon_momentum_at(config: Config, step: int) -> float:
@@ -1584,6 +1682,7 @@ class Trainer:
     """Model, data and optimizers of one training run, and what changes from step to step."""
 
     SETTLED_S = 3.0
+    FEW_STEPS = 20
     MAX_SKIPPED_IN_A_ROW = 5
 
     config: Config
@@ -1670,6 +1769,7 @@ class Trainer:
         lr_scale = lr_scale_at(config, self.step, self.elapsed_s)
         if not self.controls.qat and self.qat_due(lr_scale):
             self.begin_qat(lr_scale)
+        self.model.repeats = progress_at(config, self.step, self.elapsed_s) >= config.repeat_from
         grad_norm = self.train_step(self.step, lr_scale)
         self.skipped_on_host.copy_(self.optimizers.skipped, non_blocking=True)
         self.step += 1
@@ -1698,11 +1798,21 @@ class Trainer:
             main, weighted, further = self.losses(ids, targets, self.controls.qat, token_weights)
             ((weighted + self.controls.mtp_weight * further) * share).backward()
             self.train_loss += main.detach() / len(batches)
+            if self.step == 0 and self.clock.started_at and ids is batches[0][0]:
+                self.foresee(len(batches))
         if self.controls.qat and self.config.crown_q_lambda > 0:
             penalty = self.config.crown_q_lambda * self.crown_q()
             (penalty / self.runtime.world_size).backward()
             self.crown_q_loss = penalty.detach()
         return self.optimizers.step(lr_scale, muon_momentum_at(self.config, step), self.controls.clip_norm)
+
+    def foresee(self, micro_batches: int) -> None:
+        """Say, once the run's first micro-batch is through, where the cap leaves next to no steps."""
+        self.runtime.synchronize()
+        step_s, cap_s = self.clock.now() * micro_batches, self.config.training_seconds
+        if 0 < cap_s < self.FEW_STEPS * step_s:
+            note = "MAX_WALLCLOCK_SECONDS leaves hardly any; RECIPE=laptop is for small machines, RECIPE=demo for a try"
+            self.log.row("few_steps", note, expected=int(cap_s / step_s), step_s=step_s)
 
     def token_weights(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
         """1 + kg_weight · importance, divided by its mean over the global batch's targets; (V,) or None."""
@@ -1739,12 +1849,13 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile every graph by steps with QAT off and on, then undo all that they changed."""
         config = self.config
-        if not config.warmup_steps:
+        if not (config.warmup_steps and self.compiled):
             return
         began, saved = time.perf_counter(), copied_to_cpu(self.state_dict())
         for step in range(config.warmup_steps):
             self.log.progress(step, config.warmup_steps, "warm-up")
-            for self.controls.qat in (False, True) if config.qat_bits else (False,):
+            graphs = itertools.product({False, config.qat_bits > 0}, {not config.repeat_layers, True})
+            for self.controls.qat, self.model.repeats in graphs:
                 self.train_step(step, lr_scale=1.0)
         self.load_state_dict(saved)
         self.log.row("warmup", steps=config.warmup_steps, time_s=time.perf_counter() - began)
@@ -1914,15 +2025,15 @@ class Clock:
 
     def pause(self) -> None:
         self.runtime.synchronize()
-        self.total_s = self._now()
+        self.total_s = self.now()
         self.compilations += compile_count() - self.graphs_at_start
         self.started_at = None
 
     def agreed(self, *largest: float) -> list[float]:
         """Rank 0's training time and the largest of each further number, on every rank."""
-        return self.runtime.agree(self._now(), *largest)
+        return self.runtime.agree(self.now(), *largest)
 
-    def _now(self) -> float:
+    def now(self) -> float:
         return self.total_s + (0.0 if self.started_at is None else time.perf_counter() - self.started_at)
 
 
@@ -3055,9 +3166,9 @@ class Runtime:
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, config: Config, environ: Mapping[str, str]):
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         place = (_parse(name, environ.get(name, text), int) for name, text in alone.items())
-        self.rank, self.local_rank, self.world_size = place
+        self.rank, self.local_rank, self.world_size, self.local_world_size = place
         if not 0 <= self.rank < self.world_size:
             advice = "torchrun sets RANK from 0 to WORLD_SIZE - 1; unset both without it"
             raise ConfigError(f"RANK={self.rank} with WORLD_SIZE={self.world_size} cannot be: {advice}")
@@ -3253,11 +3364,54 @@ class Runtime:
         return "peak memory allocated: unknown on this system", {}
 
 
-def cpu_name() -> str:
+def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
+    """The config with what the machine decides where nothing is set; the same on every rank."""
+    [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
+    dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
+    [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
+    chosen = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
+    log.row("machine", **chosen, native_bf16=int(not emulated))
+    return dataclasses.replace(config, **chosen)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 matrices are native there; where they are emulated they are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_info().split())
+
+
+def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
+    """Tokens whose forward and backward pass fits this rank's share of the memory, by what passes were seen to take.
+
+    Of all memory, not of what is free, so that a run can be repeated.
+    """
+    if runtime.device.type == "cuda":
+        memory = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
+    else:
+        memory = 0.5 * cpu_memory() / runtime.local_world_size
+    layers = config.num_layers + len(config.repeat_layers)
+    per_token = layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
+    per_token += (1 + config.mtp_num_heads) * config.vocab_size * 20
+    return max(min(int(memory / per_token), MOST_MICRO_BATCH_TOKENS), config.train_seq_len)
+
+
+def cpu_memory() -> float:
+    """Bytes of memory of this machine, or of the container around the process."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a container without a limit
+        return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def cpu_info() -> str:
     with contextlib.suppress(OSError):
-        if named := re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M):
-            return named[1].strip()
-    return platform.processor() or platform.machine()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return ""
+
+
+def cpu_name() -> str:
+    named = re.search(r"^model name\s*:(.*)", cpu_info(), re.M)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 class RunLog:

@@ -82,8 +82,9 @@ def write_shard(
 def tiny_environ(tiny_data: Path, out_dir: Path, **overrides: object) -> dict[str, str]:
     """The whole environment of a run of a few seconds on the CPU. An override of None unsets a variable."""
     settings: dict[str, object] = dict(
-        RECIPE="leaky", RUN_ID="run", DEVICE="cpu", DATA_PATH=tiny_data, TOKENIZER_PATH=tiny_data / "tokenizer.model",
-        OUT_DIR=out_dir, VOCAB_SIZE=TINY_VOCAB, NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2,
+        RECIPE="leaky", RUN_ID="run", DEVICE="cpu", COMPUTE_DTYPE="fp32", DATA_PATH=tiny_data,
+        TOKENIZER_PATH=tiny_data / "tokenizer.model", OUT_DIR=out_dir, VOCAB_SIZE=TINY_VOCAB,
+        NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2,
         BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, XSA_LAST_N=1, ROPE_DIMS=4, ROPE_TRAIN_LEN=16, VE_DIM=8, VE_LAYERS="1,2",
         MTP_NUM_HEADS=1, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=12 * 32, MICRO_BATCH_TOKENS=4 * 32, ITERATIONS=20,
         WARMUP_STEPS=0, WARMDOWN_ITERS=10, MAX_WALLCLOCK_SECONDS=0, MUON_MOMENTUM_WARMUP_STEPS=10, EMA_DECAY=0.9,

@@ -23,6 +23,7 @@ from train_gpt import (
     ValidationSet,
     find_shards,
     read_shard,
+    shuffled,
 )
 
 
@@ -129,7 +130,7 @@ def test_a_bad_id_reaches_the_trainer_through_the_reading_thread(tmp_path):
     tokens = np.full(1_000_300, 9, dtype=np.uint16)
     tokens[1_000_150] = 11
     stream = TokenStream([write_shard(tmp_path / "x_train_0.bin", tokens)], vocab_size=10)
-    config = Config(train_seq_len=100, train_batch_tokens=100, micro_batch_tokens=100)
+    config = Config(train_seq_len=100, train_batch_tokens=100, micro_batch_tokens=100, shuffle=False)
     loader = TokenLoader(stream, config, rank_of(1, 0))  # pyright: ignore[reportArgumentType]
     loader.batch(10_000)
     with pytest.raises(DataError, match="token id 11"):
@@ -186,19 +187,51 @@ def test_every_world_size_sees_the_same_global_batch(tmp_path_factory, first, se
     folder = tmp_path_factory.mktemp("batches")
     paths = [write_shard(folder / f"x_train_{i}.bin", np.arange(i, 500, 3)) for i in range(3)]
     stream = TokenStream(paths, vocab_size=500)
-    seqs = 12 * groups
-    config = Config(train_batch_tokens=seqs * seq_len, train_seq_len=seq_len, micro_batch_tokens=micro)
+    batch = dict(train_batch_tokens=12 * groups * seq_len, train_seq_len=seq_len, micro_batch_tokens=micro)
     steps = [first, first + 1, first + 7]  # the second is read ahead, the third is not
-    expected = torch.stack([_plain_batch(stream, step, seqs, seq_len) for step in steps])
-    for world_size in (1, 2, 3, 4, 6):
-        assert torch.equal(global_batch(stream, config, world_size, steps), expected)
+    for shuffle in (False, True):
+        config = Config(**batch, shuffle=shuffle)
+        expected = torch.stack([_plain_batch(stream, step, config) for step in steps])
+        for world_size in (1, 2, 3, 4, 6):
+            assert torch.equal(global_batch(stream, config, world_size, steps), expected)
 
 
-def _plain_batch(stream: TokenStream, step: int, seqs: int, seq_len: int) -> torch.Tensor:
-    tokens = np.concatenate([np.asarray(shard) for shard in stream.shards])
-    positions = step * seqs * seq_len + np.arange(seqs * seq_len + 1)
-    flat = torch.from_numpy(tokens[positions % len(tokens)].astype(np.int64))
-    return torch.stack([flat[:-1].view(seqs, seq_len), flat[1:].view(seqs, seq_len)])
+def _plain_batch(stream: TokenStream, step: int, config: Config) -> torch.Tensor:
+    """A global batch cut out of the concatenated shards."""
+    tokens = np.concatenate([np.asarray(shard) for shard in stream.shards]).astype(np.int64)
+    seq_len = config.train_seq_len
+    sequences = step * (config.train_batch_tokens // seq_len) + np.arange(config.train_batch_tokens // seq_len)
+    if config.shuffle:
+        sequences = np.array([shuffled(int(i), (len(tokens) - 1) // seq_len, config.seed) for i in sequences])
+    positions = sequences[:, None] * seq_len + np.arange(seq_len + 1)
+    rows = torch.from_numpy(tokens[positions % len(tokens)])
+    return torch.stack([rows[:, :-1], rows[:, 1:]])
+
+
+@given(count=st.integers(1, 700), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 5))
+def test_every_sequence_comes_once_in_every_pass(count, seed, epoch):
+    order = [shuffled(epoch * count + i, count, seed) for i in range(count)]
+    assert sorted(order) == list(range(count))
+
+
+def test_orders_of_seeds_and_passes_are_unlike_each_other_and_the_order_of_the_file():
+    count = 5000
+    orders = np.array([[shuffled(e * count + i, count, s) for i in range(count)] for s in (1, 2) for e in (0, 1)])
+    spread = np.sqrt(1 / count)  # of the correlation of independent orders
+    correlations = np.corrcoef([*orders, np.arange(count)])[np.triu_indices(5, 1)]
+    assert np.abs(correlations).max() < 4 * spread
+    steps = np.diff(orders, axis=1)  # neighbours of a batch are no neighbours of the file
+    assert (np.abs(steps) < 10).mean() < 0.01
+
+
+def test_a_split_shorter_than_a_sequence_still_trains(tmp_path):
+    stream = TokenStream([write_shard(tmp_path / "x_train_0.bin", np.arange(5))], vocab_size=5)
+    config = Config(train_batch_tokens=16, train_seq_len=8, micro_batch_tokens=16)
+    loader = TokenLoader(stream, config, rank_of(1, 0))  # pyright: ignore[reportArgumentType]
+    [(ids, targets)] = loader.batch(3)
+    assert ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]] * 2
+    assert targets.tolist() == [[1, 2, 3, 4, 0, 1, 2, 3]] * 2
+    loader.close()
 
 
 def test_the_batch_read_ahead_is_the_batch_read_directly(tmp_path):

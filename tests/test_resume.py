@@ -91,11 +91,13 @@ def test_a_signal_saves_and_the_rest_is_the_same_to_the_bit(
     assert times == sorted(times)  # the training clock goes on where it stood
 
 
-def test_one_clock_over_a_restart(tiny_data, run_main, tmp_path, at_line):
+def test_one_clock_over_a_restart(tiny_data, run_main, tmp_path, at_line, monkeypatch):
     """Time that a run spent before it was interrupted counts against the cap."""
     environ = tiny_environ(
-        tiny_data, tmp_path, RESUME="auto", MAX_WALLCLOCK_SECONDS=4, ITERATIONS=10**6, TTT_ENABLED=0, WARMUP_STEPS=1
-    )
+        tiny_data, tmp_path, RESUME="auto", MAX_WALLCLOCK_SECONDS=4, ITERATIONS=10**6, TTT_ENABLED=0, WARMUP_STEPS=1,
+        COMPILE=1,
+    )  # fmt: skip
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     at_line("step:5/", lambda: (time.sleep(3), signal_self()()))
     assert run_main(environ).returncode == 143
     outcome = run_main(environ)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import functools
 import io
 import os
 import sys
@@ -47,9 +46,10 @@ class CachedGPT(train_gpt.GPT):
             super().__init__(config, initialize=False)
         self.load_state_dict(model.state_dict(), assign=True)
         self.requires_grad_(False).to(device).to(self.dtype)
-        self.layer_weights = self._layer_weights(qat=False)
+        self.attend = self._attend_to_all
         self.rope = train_gpt.rope_tables(config, config.eval_seq_len, self.tok_emb.weight)
-        shape = config.num_layers, 1, config.eval_seq_len, config.num_kv_heads, config.head_dim
+        visits = config.num_layers + len(config.repeat_layers)
+        shape = visits, 1, config.eval_seq_len, config.num_kv_heads, config.head_dim
         self.keys, self.values = (self.tok_emb.weight.new_empty(shape) for _ in range(2))
         self.restart()
 
@@ -67,30 +67,20 @@ class CachedGPT(train_gpt.GPT):
         pairs = self._rows("bigram", train_gpt.pair_buckets(recent, config)[:, -length:], qat=False)
         embedded = train_gpt.rms_norm(F.embedding(ids, self.tok_emb.weight) + pairs)
         embedded = torch.cat([self.last_embedding, embedded], 1)
-        x = x0 = self.smear(embedded, recent)[:, -length:]
-        value_embeds: dict[int, Tensor] = {}
-        if config.ve_layers:
-            shared = self._rows("ve_shared", ids, qat=False)
-            value_embeds = {layer: shared * scale for layer, scale in zip(config.ve_layers, self.ve_layer_scales)}
+        x = self.smear(embedded, recent)[:, -length:]
+        self.visit = 0  # of a layer: one that is run twice has two sets of keys and values
         cos, sin = (table[:, self.read : self.read + length] for table in self.rope)
-        skips: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
-            if layer >= len(self.skip_weights) and skips:
-                x = x + self.skip_weights[layer - len(self.skip_weights)] * skips.pop()
-            attend = functools.partial(self._attend_to_all, layer)
-            context = train_gpt.LayerContext((cos, sin), value_embeds.get(layer), attend, layer, None)
-            x = block(x, x0, self.layer_weights[layer], context)
-            if layer < len(self.skip_weights):
-                skips.append(x)
+        x = self._run_layers(x, ids, (cos, sin), qat=False)
         self.read += length
         self.last_id, self.last_embedding = ids[:, -1:], embedded[:, -1:]
         head = self.tok_emb if config.tie_embeddings else self.lm_head
-        return self._softcapped(train_gpt.rms_norm(x), head.weight)
+        return self._softcapped(x, head.weight)
 
-    def _attend_to_all(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of new positions, q (1, T, H, Dh), k and v (1, T, Hkv, Dh), to kept ones and themselves."""
         first, end = self.read, self.read + q.size(1)
-        keys, values = self.keys[layer, :, :end], self.values[layer, :, :end]
+        keys, values = self.keys[self.visit, :, :end], self.values[self.visit, :, :end]
+        self.visit += 1
         keys[:, first:], values[:, first:] = k, v
         visible = torch.ones(q.size(1), end, dtype=torch.bool, device=q.device).tril(first)
         q, k, v = (each.transpose(1, 2) for each in (q, keys, values))

@@ -44,7 +44,6 @@ import textwrap
 import threading
 import time
 import traceback
-import types
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -103,7 +102,7 @@ class Stopped(BaseException):  # no library may take it for a failure
     """SIGTERM or SIGINT ended the run, its progress saved; the argument is the signal's number."""
 
 
-def require(package: str, purpose: str) -> types.ModuleType:
+def require(package: str, purpose: str) -> Any:
     """Import an optional package. Raises UserError: which one is missing and for what."""
     try:
         return importlib.import_module(package)
@@ -155,10 +154,10 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     log.row("config", **dataclasses.asdict(config))
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)
-    if validation.unknown_origin:
-        log.line(validation.unknown_origin)
-    total = int(validation.bytes.sum(dtype=np.int64))
-    log.row("validation", validation.note, targets=validation.num_targets, bytes=total, digest=validation.digest[:16])
+    if validation.named_tokenizer is None:
+        log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
+    sizes = dict(targets=validation.num_targets, bytes=validation.total_bytes)
+    log.row("validation", validation.note, **sizes, digest=validation.digest[:16])
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
@@ -289,9 +288,17 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
 # 2. Config ------------------------
 # In: environment variables. Out: one frozen object that every later part reads, checked before anything starts.
 # Value = environment variable, else recipe, else the default below.
-def setting(default: Any, meaning: str, allowed: tuple[float, float] | list[Any] | None = None) -> Any:
-    """A field of Config; `allowed`: low and high, or choices; None: anything of its type."""
-    return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
+def setting(default: Any, meaning: str, allowed: str = "", fits: Callable[[Any], bool] = lambda _: True) -> Any:
+    """A field of Config; `allowed` says which values fit, "": all of its type."""
+    return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, fits=fits))
+
+
+def number(default: float, meaning: str, low: float, high: float) -> Any:
+    return setting(default, meaning, f"a value from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def choice(default: Any, meaning: str, *choices: Any) -> Any:
+    return setting(default, meaning, f"one of {', '.join(map(str, choices))}", choices.__contains__)
 
 
 LARGE = 10**9
@@ -301,147 +308,147 @@ LARGE = 10**9
 class Config:
     """All settings; field `matrix_lr` is read from the variable MATRIX_LR."""
 
-    recipe: str = setting("swarm", "values where no variable is set")
-    seed: int = setting(1337, "of the first weights", (0, 2**63 - 1))
+    recipe: str = setting("swarm", "sets what has no variable of its own", "a recipe's name")
+    seed: int = number(1337, "of the first weights", 0, 2**63 - 1)
     run_id: str = setting("", "name of logs and checkpoints; empty: recipe, seed and digest of the settings")
     out_dir: str = setting(".", "folder for the artifact, checkpoints/ and logs/")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
-    device: str = setting("auto", "auto: a GPU if there is one", ["auto", "cpu", "cuda"])
-    attention: str = setting("auto", "auto: the fastest kernel there is", ["auto", "fa3", "fa2", "cudnn", "sdpa"])
+    device: str = choice("auto", "auto: a GPU if there is one", "auto", "cpu", "cuda")
+    attention: str = choice("auto", "auto: the fastest kernel there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
     compile: bool | None = setting(None, "compile the model; auto: on CUDA only")
-    compute_dtype: str = setting("auto", "of matrix products; auto: bf16 where it is native", ["auto", "bf16", "fp32"])
-    join_seconds: float = setting(900.0, "how long ranks wait for each other", (1, 1e6))
-    checkpoint_seconds: float = setting(120.0, "between checkpoints; 0: only at a signal and at the end", (0, 1e7))
-    checkpoint_keep: int = setting(2, "newest checkpoints of a run that stay on disk", (1, 1000))
+    compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where it is native", "auto", "bf16", "fp32")
+    join_seconds: float = number(900.0, "how long ranks wait for each other", 1, 1e6)
+    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: only at a signal and at the end", 0, 1e7)
+    checkpoint_keep: int = number(2, "newest checkpoints of a run that stay on disk", 1, 1000)
     resume: str = setting("", "auto: from this run's newest whole checkpoint, if any; or a path")
     eval_only: bool = setting(False, "score ARTIFACT without training")
     artifact: str = setting("", "its path; empty: final_model.int6.ptz in OUT_DIR")
 
-    vocab_size: int = setting(1024, "pieces of the tokenizer", (2, 65_535))
-    num_layers: int = setting(11, "blocks", (1, 64))
-    model_dim: int = setting(512, "width of the residual stream", (8, 8192))
-    num_heads: int = setting(8, "query heads", (1, 128))
-    num_kv_heads: int = setting(4, "key and value heads", (1, 128))
-    mlp_mult: float = setting(3.0, "width of the MLP, in units of MODEL_DIM", (0.125, 16))
-    leaky_slope: float = setting(0.75, "of the squared leaky ReLU; 0: ReLU squared", (0, 1))
+    vocab_size: int = number(1024, "pieces of the tokenizer", 2, 65_535)
+    num_layers: int = number(11, "blocks", 1, 64)
+    model_dim: int = number(512, "width of the residual stream", 8, 8192)
+    num_heads: int = number(8, "query heads", 1, 128)
+    num_kv_heads: int = number(4, "key and value heads", 1, 128)
+    mlp_mult: float = number(3.0, "width of the MLP, in units of MODEL_DIM", 0.125, 16)
+    leaky_slope: float = number(0.75, "of the squared leaky ReLU; 0: ReLU squared", 0, 1)
     tie_embeddings: bool = setting(True, "one matrix for token embedding and output head")
-    tied_embed_init_std: float = setting(0.005, "standard deviation of the first token embedding", (1e-6, 1))
-    logit_softcap: float = setting(30.0, "c in c·tanh(logit / c)", (1, 1000))
-    qk_gain_init: float = setting(1.5, "first gain of the queries, learned per head", (0.01, 100))
-    bigram_vocab_size: int = setting(2048, "buckets of the hashed token pairs", (2, 2**24))
-    bigram_dim: int = setting(128, "width of their table", (1, 4096))
+    tied_embed_init_std: float = number(0.005, "standard deviation of the first token embedding", 1e-6, 1)
+    logit_softcap: float = number(30.0, "c in c·tanh(logit / c)", 1, 1000)
+    qk_gain_init: float = number(1.5, "first gain of the queries, learned per head", 0.01, 100)
+    bigram_vocab_size: int = number(2048, "buckets of the hashed token pairs", 2, 2**24)
+    bigram_dim: int = number(128, "width of their table", 1, 4096)
     bigram_start_bucket: bool = setting(True, "position 0 has a bucket; else token 0 precedes it")
     zero_init_out: bool = setting(True, "output and down projections start at 0, else small")
     smear_bos_mask: bool = setting(True, "SmearGate takes nothing across a document's start")
-    parallel_residual_from: int = setting(64, "first layer whose attention and MLP read one input", (0, 64))
+    parallel_residual_from: int = number(64, "first layer whose attention and MLP read one input", 0, 64)
     repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run a second time, in their order")
-    repeat_from: float = setting(0.4, "share of the training after which they are", (0, 0.95))
-    xsa_last_n: int = setting(4, "last layers whose heads give up their own value's direction (XSA)", (0, 64))
-    rope_dims: int = setting(16, "rotated dimensions of a head; 0: all", (0, 512))
-    rope_base: float = setting(10_000.0, "of the rotary angles", (10, 1e8))
-    rope_train_len: int = setting(1024, "longer sequences rescale the base (NTK); 0: never", (0, 2**20))
+    repeat_from: float = number(0.4, "share of the training after which they are", 0, 0.95)
+    xsa_last_n: int = number(4, "last layers whose heads give up their own value's direction (XSA)", 0, 64)
+    rope_dims: int = number(16, "rotated dimensions of a head; 0: all", 0, 512)
+    rope_base: float = number(10_000.0, "of the rotary angles", 10, 1e8)
+    rope_train_len: int = number(1024, "longer sequences rescale the base (NTK); 0: never", 0, 2**20)
     ln_scale: bool = setting(True, "norms of layer i are divided by √(i + 1)")
-    ve_dim: int = setting(128, "width of the value embedding's table", (1, 4096))
+    ve_dim: int = number(128, "width of the value embedding's table", 1, 4096)
     ve_layers: tuple[int, ...] = setting((9, 10), "layers with a value embedding")
-    mtp_num_heads: int = setting(0, "heads that predict further ahead in training", (0, 8))
-    mtp_loss_weight: float = setting(0.1, "of their mean loss", (0, 1))
+    mtp_num_heads: int = number(0, "heads that predict further ahead in training", 0, 8)
+    mtp_loss_weight: float = number(0.1, "of their mean loss", 0, 1)
 
-    train_batch_tokens: int = setting(786_432, "of one step, over all ranks", (1, 2**30))
-    micro_batch_tokens: int = setting(0, "most tokens of a rank's forward pass; 0: what memory allows", (0, 2**30))
+    train_batch_tokens: int = number(786_432, "of one step, over all ranks", 1, 2**30)
+    micro_batch_tokens: int = number(0, "most tokens of a rank's forward pass; 0: what memory allows", 0, 2**30)
     shuffle: bool = setting(True, "sequences in a random order of all shards; 0: front to back")
-    train_seq_len: int = setting(2048, "tokens of a training sequence", (2, 2**20))
-    iterations: int = setting(20_000, "steps", (1, LARGE))
-    max_wallclock_seconds: float = setting(600.0, "cap of training and calibration; 0: none", (0, 1e7))
-    warmup_steps: int = setting(20, "that compile; then weights and data position are restored", (0, 1000))
-    warmdown_iters: int = setting(3700, "last steps, in which the LR scale falls to 0", (0, LARGE))
-    min_lr: float = setting(0.0, "LR scale at the end", (0, 1))
-    matrix_lr: float = setting(0.027, "of the banks (Muon)", (0, 10))
-    tied_embed_lr: float = setting(0.035, "of the tied token embedding and the tables", (0, 10))
-    embed_lr: float = setting(0.6, "of an untied token embedding", (0, 10))
-    head_lr: float = setting(0.008, "of MTP heads and an untied output head", (0, 10))
-    scalar_lr: float = setting(0.025, "of gains, scales and small projections", (0, 10))
-    muon_momentum: float = setting(0.99, "of Muon", (0, 0.9999))
-    muon_momentum_warmup_start: float = setting(0.92, "its first value", (0, 0.9999))
-    muon_momentum_warmup_steps: int = setting(1500, "steps until it is MUON_MOMENTUM", (0, LARGE))
-    muon_steps: int = setting(5, "Newton–Schulz iterations", (1, 20))
+    train_seq_len: int = number(2048, "tokens of a training sequence", 2, 2**20)
+    iterations: int = number(20_000, "steps", 1, LARGE)
+    max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none", 0, 1e7)
+    warmup_steps: int = number(20, "that compile; then weights and data position are restored", 0, 1000)
+    warmdown_iters: int = number(3700, "last steps, in which the LR scale falls to 0", 0, LARGE)
+    min_lr: float = number(0.0, "LR scale at the end", 0, 1)
+    matrix_lr: float = number(0.027, "of the banks (Muon)", 0, 10)
+    tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables", 0, 10)
+    embed_lr: float = number(0.6, "of an untied token embedding", 0, 10)
+    head_lr: float = number(0.008, "of MTP heads and an untied output head", 0, 10)
+    scalar_lr: float = number(0.025, "of gains, scales and small projections", 0, 10)
+    muon_momentum: float = number(0.99, "of Muon", 0, 0.9999)
+    muon_momentum_warmup_start: float = number(0.92, "its first value", 0, 0.9999)
+    muon_momentum_warmup_steps: int = number(1500, "steps until it is MUON_MOMENTUM", 0, LARGE)
+    muon_steps: int = number(5, "Newton–Schulz iterations", 1, 20)
     muon_eq_rows: bool = setting(False, "rows of the momentum are normalised before them (MuonEq-R)")
-    muon_wd: float = setting(0.04, "decoupled weight decay of Muon", (0, 1))
-    adam_wd: float = setting(0.04, "decoupled weight decay of AdamW", (0, 1))
-    beta1: float = setting(0.9, "of AdamW", (0, 0.9999))
-    beta2: float = setting(0.95, "of AdamW", (0, 0.999999))
-    adam_eps: float = setting(1e-8, "of AdamW", (1e-20, 1))
-    grad_clip_norm: float = setting(0.3, "largest global gradient norm; 0: no clipping", (0, 1e6))
+    muon_wd: float = number(0.04, "decoupled weight decay of Muon", 0, 1)
+    adam_wd: float = number(0.04, "decoupled weight decay of AdamW", 0, 1)
+    beta1: float = number(0.9, "of AdamW", 0, 0.9999)
+    beta2: float = number(0.95, "of AdamW", 0, 0.999999)
+    adam_eps: float = number(1e-8, "of AdamW", 1e-20, 1)
+    grad_clip_norm: float = number(0.3, "largest global gradient norm; 0: no clipping", 0, 1e6)
     swarm_enabled: bool = setting(False, "agents vote on QAT, clipping, KG and MTP weight")
-    swarm_every: int = setting(800, "steps between votes", (1, LARGE))
+    swarm_every: int = number(800, "steps between votes", 1, LARGE)
     kg_enabled: bool = setting(False, "use the knowledge-graph blob")
-    kg_init_scale: float = setting(0.1, "tok_emb[id] *= 1 + KG_INIT_SCALE · importance", (0, 10))
-    kg_weight: float = setting(0.3, "token weight in the loss: 1 + KG_WEIGHT · importance, at mean 1", (0, 1))
+    kg_init_scale: float = number(0.1, "tok_emb[id] *= 1 + KG_INIT_SCALE · importance", 0, 10)
+    kg_weight: float = number(0.3, "token weight in the loss: 1 + KG_WEIGHT · importance, at mean 1", 0, 1)
     kg_path: str = setting("", "file with the 976 characters; empty: the blob in kg_data.py")
-    weight_average: str = setting("ema", "of the artifact's weights", ["ema", "swa", "none"])
-    ema_decay: float = setting(0.997, "of the EMA, less in the first steps", (0, 0.999999))
-    swa_every: int = setting(50, "steps between SWA's snapshots", (1, LARGE))
-    swa_start_scale: float = setting(0.5, "SWA collects while the LR scale is below this", (0, 1))
-    qat_bits: int = setting(6, "of the banks, in training and artifact; 0: no QAT, 6 in the artifact", [0, 5, 6, 7, 8])
-    attn_bits: int = setting(0, "of the attention banks; 0: as QAT_BITS says", [0, 5, 6, 7, 8])
-    mlp_bits: int = setting(0, "of the MLP banks; 0: as QAT_BITS says", [0, 5, 6, 7, 8])
-    embed_bits: int = setting(8, "of embeddings, output head and large tables; 16: fp16", [5, 6, 7, 8, 16])
-    crown_q_lambda: float = setting(0.0, "weight of the CROWN-Q penalty while QAT is on; 0: none", (0, 1e12))
-    late_qat_threshold: float = setting(0.15, "QAT begins when the LR scale falls below this; 1: at once", (0, 1))
-    val_loss_every: int = setting(4000, "steps between validations; 0: only at the end", (0, LARGE))
-    train_log_every: int = setting(500, "steps between log lines", (1, LARGE))
+    weight_average: str = choice("ema", "of the artifact's weights", "ema", "swa", "none")
+    ema_decay: float = number(0.997, "of the EMA, less in the first steps", 0, 0.999999)
+    swa_every: int = number(50, "steps between SWA's snapshots", 1, LARGE)
+    swa_start_scale: float = number(0.5, "SWA collects while the LR scale is below this", 0, 1)
+    qat_bits: int = choice(6, "of the banks, in training and artifact; 0: no QAT, 6 in the artifact", 0, 5, 6, 7, 8)
+    attn_bits: int = choice(0, "of the attention banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
+    mlp_bits: int = choice(0, "of the MLP banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
+    embed_bits: int = choice(8, "of embeddings, output head and large tables; 16: fp16", 5, 6, 7, 8, 16)
+    crown_q_lambda: float = number(0.0, "weight of the CROWN-Q penalty while QAT is on; 0: none", 0, 1e12)
+    late_qat_threshold: float = number(0.15, "QAT begins when the LR scale falls below this; 1: at once", 0, 1)
+    val_loss_every: int = number(4000, "steps between validations; 0: only at the end", 0, LARGE)
+    train_log_every: int = number(500, "steps between log lines", 1, LARGE)
 
-    compressor: str = setting("zstd", "of the artifact", ["zstd", "brotli"])
-    fit_bytes: bool = setting(False, "quantize an artifact above the limit more coarsely")
-    quantizer: str = setting("lite", "gptq is calibrated on training data", ["lite", "gptq"])
-    train_reserve_seconds: float = setting(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration", (0, 1e7))
-    calibration_tokens: int = setting(262_144, "over all ranks, after those of the last step", (1, 2**40))
-    clip_std: float = setting(0.0, "banks are clipped at so many row deviations; 0: best quantile", (0, 1000))
-    embed_clip_std: float = setting(0.0, "the same for embeddings, output head and tables", (0, 1000))
-    prune_fraction: float = setting(0.0, "of a bank, the smallest weights become zero", (0, 0.95))
+    compressor: str = choice("zstd", "of the artifact", "zstd", "brotli")
+    fit_bytes: bool = setting(True, "quantize an artifact above the limit more coarsely")
+    quantizer: str = choice("lite", "gptq is calibrated on training data", "lite", "gptq")
+    train_reserve_seconds: float = number(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration", 0, 1e7)
+    calibration_tokens: int = number(262_144, "over all ranks, after those of the last step", 1, 2**40)
+    clip_std: float = number(0.0, "banks are clipped at so many row deviations; 0: best quantile", 0, 1000)
+    embed_clip_std: float = number(0.0, "the same for embeddings, output head and tables", 0, 1000)
+    prune_fraction: float = number(0.0, "of a bank, the smallest weights become zero", 0, 0.95)
 
-    val_tokens: int = setting(0, "first validation targets to score; 0: all", (0, 2**40))
-    sample_seed: int = setting(0, "of the targets at which mass and gap are checked; 0: by artifact", (0, 2**63 - 1))
-    eval_seq_len: int = setting(2048, "tokens of a scoring window", (2, 2**20))
-    eval_stride: int = setting(64, "new targets of a sliding window", (1, 2**20))
-    eval_batch_seqs: int = setting(32, "windows of one forward pass", (1, 65_536))
+    val_tokens: int = number(0, "first validation targets to score; 0: all", 0, 2**40)
+    sample_seed: int = number(0, "of the targets at which mass and gap are checked; 0: by artifact", 0, 2**63 - 1)
+    eval_seq_len: int = number(2048, "tokens of a scoring window", 2, 2**20)
+    eval_stride: int = number(64, "new targets of a sliding window", 1, 2**20)
+    eval_batch_seqs: int = number(32, "windows of one forward pass", 1, 65_536)
     ttt_enabled: bool = setting(False, "score-first test-time training")
-    ttt_optimizer: str = setting("sgd", "of test-time training", ["sgd", "adamw"])
-    ttt_lr: float = setting(0.002, "its learning rate before cosine and ramp", (0, 10))
-    ttt_lr_ramp: float = setting(1.0, "factor that the LR's cosine reaches over 30 % of the chunks", (0, 100))
-    ttt_momentum: float = setting(0.9, "of SGD", (0, 0.9999))
-    ttt_epochs: int = setting(3, "passes over a scored chunk", (1, 1000))
-    ttt_chunk_tokens: int = setting(32_768, "targets scored before they are trained on", (1, 2**40))
-    ttt_freeze_blocks: int = setting(2, "first blocks that are not trained", (0, 64))
-    ttt_scope: str = setting("all", "last: banks of unfrozen blocks, all gains, no tables", ["all", "last"])
-    ttt_batch_seqs: int = setting(32, "sequences of one update", (1, 65_536))
-    ttt_grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", (0, 1e6))
+    ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
+    ttt_lr: float = number(0.002, "its learning rate before cosine and ramp", 0, 10)
+    ttt_lr_ramp: float = number(1.0, "factor that the LR's cosine reaches over 30 % of the chunks", 0, 100)
+    ttt_momentum: float = number(0.9, "of SGD", 0, 0.9999)
+    ttt_epochs: int = number(3, "passes over a scored chunk", 1, 1000)
+    ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1, 2**40)
+    ttt_freeze_blocks: int = number(2, "first blocks that are not trained", 0, 64)
+    ttt_scope: str = choice("all", "last: banks of unfrozen blocks, all gains, no tables", "all", "last")
+    ttt_batch_seqs: int = number(32, "sequences of one update", 1, 65_536)
+    ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: no clipping", 0, 1e6)
     ttt_byte_weighted: bool = setting(False, "targets weigh as many bytes as they have")
-    ttt_temperature: float = setting(1.0, "of a certain prediction; 1: none", (0.9, 1.05))
-    polyak_decay: float = setting(0.0, "of the average that scores; 0: no average", (0, 0.999999))
-    mixer: str = setting("none", "of the scores with n-gram counts", ["none", "backoff", "backoff-published", "hedge"])
-    mixer_eta: float = setting(0.1, "learning rate of hedge's weights", (0, 100))
-    ngram_order: int = setting(10, "longest n-gram", (2, 20))
-    ngram_counts: str = setting("exact", "hashed: as published, no probability, labelled INVALID", ["exact", "hashed"])
-    ngram_buckets: int = setting(4_194_304, "of hashed counts", (1, 2**32))
-    ngram_block: int = setting(8192, "targets that hashed counts take in at once", (1, 2**40))
-    ngram_min_count: int = setting(1, "of a context, before the published rule uses it", (1, LARGE))
-    alpha_base: float = setting(0.20, "least share of the n-grams in the published rule", (0, 1))
-    alpha_range: float = setting(0.55, "what a high neural entropy adds to it", (0, 1))
-    alpha_center: float = setting(3.0, "entropy in nats at which it adds half", (0, 100))
+    ttt_temperature: float = number(1.0, "of a certain prediction; 1: none", 0.9, 1.05)
+    polyak_decay: float = number(0.0, "of the average that scores; 0: no average", 0, 0.999999)
+    mixer: str = choice("none", "of the scores with n-gram counts", "none", "backoff", "backoff-published", "hedge")
+    mixer_eta: float = number(0.1, "learning rate of hedge's weights", 0, 100)
+    ngram_order: int = number(10, "longest n-gram", 2, 20)
+    ngram_counts: str = choice("exact", "hashed: as published, no probability, labelled INVALID", "exact", "hashed")
+    ngram_buckets: int = number(4_194_304, "of hashed counts", 1, 2**32)
+    ngram_block: int = number(8192, "targets that hashed counts take in at once", 1, 2**40)
+    ngram_min_count: int = number(1, "of a context, before the published rule uses it", 1, LARGE)
+    alpha_base: float = number(0.20, "least share of the n-grams in the published rule", 0, 1)
+    alpha_range: float = number(0.55, "what a high neural entropy adds to it", 0, 1)
+    alpha_center: float = number(3.0, "entropy in nats at which it adds half", 0, 100)
     entropy_expert: bool = setting(False, "hedge's fifth expert as published, no distribution")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
         """The validated settings. Raises ConfigError: the variable, its value, what is allowed."""
+        variables = {each.name.upper(): each for each in dataclasses.fields(cls)}
+        _reject_foreign(environ, set(variables))
         recipe = environ.get("RECIPE", cls.recipe)
         if recipe not in RECIPES:
             raise ConfigError(f"RECIPE={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-        names = {each.name.upper(): each.name for each in dataclasses.fields(cls)}
-        _reject_foreign(environ, set(names))
-        given = _parse_fields({name: environ[variable] for variable, name in names.items() if variable in environ})
-        values = RECIPES[recipe] | given
-        return cls(**values | prepared_with(values.get("data_path", cls.data_path)) | given).validate()
+        set_here = [(name, each) for name, each in variables.items() if name in environ]
+        values = RECIPES[recipe] | {each.name: parse(name, environ[name], each.type) for name, each in set_here}
+        return cls(**prepared_with(values.get("data_path", cls.data_path)) | values).validate()
 
     @classmethod
     def from_json(cls, text: str) -> Config:
@@ -450,11 +457,12 @@ class Config:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"the stored config is no JSON: {error}") from None
-        names = {each.name for each in dataclasses.fields(cls)}
-        odd = names.symmetric_difference(values) if isinstance(values, dict) else {type(values).__name__}
+        kinds = {each.name: each.type for each in dataclasses.fields(cls)}
+        odd = set(kinds).symmetric_difference(values) if isinstance(values, dict) else {type(values).__name__}
         if odd:
             raise ConfigError(f"the stored config does not have this version's fields; they differ in {sorted(odd)}")
-        return cls(**_parse_fields({name: as_variable(value) for name, value in values.items()})).validate()
+        texts = {name: as_variable(value) for name, value in values.items()}
+        return cls(**{name: parse(name.upper(), text, kinds[name]) for name, text in texts.items()}).validate()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -462,49 +470,52 @@ class Config:
     def validate(self) -> Config:
         """This config, its ranges and combinations checked. Raises ConfigError."""
         for each in dataclasses.fields(self):
-            allowed, value = each.metadata["allowed"], getattr(self, each.name)
-            fits = value in allowed if isinstance(allowed, list) else not allowed or allowed[0] <= value <= allowed[1]
-            _expect(self, fits, each.name, allowed_text(each))
-        heads, layers, width, repeated = self.num_heads, self.num_layers, self.head_dim, self.repeat_layers
-        rotated, window, seq_len = self.rope_dims or width, self.eval_seq_len, self.train_seq_len
-        hashed, chunk = self.ngram_counts == "hashed", self.ttt_chunk_tokens if self.ttt_enabled else window
-        frozen = self.ttt_freeze_blocks if self.ttt_enabled else 0
-        cap, reserve = self.max_wallclock_seconds, self.max_wallclock_seconds and self.train_reserve_seconds
+            self._expect(each.metadata["fits"](getattr(self, each.name)), each.name, allowed_text(each))
+        layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
+        cap, reserve, hashed = self.max_wallclock_seconds, self.train_reserve_seconds, self.ngram_counts == "hashed"
+        stack, in_stack, repeated = set(range(layers)), f"layers from 0 to {layers - 1}", self.repeat_layers
+        rotated = self.rope_dims or width
         rules = (
-            (self.model_dim % heads == 0, "model_dim", f"a multiple of NUM_HEADS={heads}"),
+            (self.model_dim % self.num_heads == 0, "model_dim", "a multiple of NUM_HEADS"),
             (width % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
-            (heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={heads}"),
-            (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "MLP_MULT × MODEL_DIM to be whole"),
+            (self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "a divisor of NUM_HEADS"),
+            (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "a whole product with MODEL_DIM"),
             (rotated in range(4, width + 1, 2), "rope_dims", f"0 (all) or an even number from 4 to {width}"),
-            (self.xsa_last_n <= layers, "xsa_last_n", f"at most NUM_LAYERS={layers}"),
-            (set(self.ve_layers) <= set(range(layers)), "ve_layers", f"layers from 0 to {layers - 1}"),
-            (len(set(self.ve_layers)) == len(self.ve_layers), "ve_layers", "no layer twice"),
-            (set(repeated) <= set(range(layers)), "repeat_layers", f"layers from 0 to {layers - 1}"),
+            (self.xsa_last_n <= layers, "xsa_last_n", "at most NUM_LAYERS"),
+            (stack.issuperset(self.ve_layers), "ve_layers", in_stack),
+            (len({*self.ve_layers}) == len(self.ve_layers), "ve_layers", "no layer twice"),
+            (stack.issuperset(repeated), "repeat_layers", in_stack),
             (all(b - a == 1 for a, b in itertools.pairwise(repeated)), "repeat_layers", "neighbours in their order"),
-            (self.eval_stride <= window, "eval_stride", f"at most EVAL_SEQ_LEN={window}"),
+            (self.eval_stride <= self.eval_seq_len, "eval_stride", "at most EVAL_SEQ_LEN"),
             # A shorter chunk would be trained on before all of it is scored.
-            (chunk >= window, "ttt_chunk_tokens", f"at least EVAL_SEQ_LEN={window}"),
-            (self.alpha_base + self.alpha_range <= 1, "alpha_range", f"at most 1 - ALPHA_BASE={self.alpha_base:g}"),
+            (not ttt or self.ttt_chunk_tokens >= self.eval_seq_len, "ttt_chunk_tokens", "at least EVAL_SEQ_LEN"),
+            (self.alpha_base + self.alpha_range <= 1, "alpha_range", "at most 1 - ALPHA_BASE"),
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0, "ngram_buckets", "a power of two"),
-            (reserve == 0 or reserve < cap, "train_reserve_seconds", f"less than MAX_WALLCLOCK_SECONDS={cap:g}"),
-            (reserve > 0 or not cap or self.quantizer == "lite", "train_reserve_seconds", "above 0 for QUANTIZER=gptq"),
-            (frozen <= layers, "ttt_freeze_blocks", f"at most NUM_LAYERS={layers}"),
-            (self.mtp_num_heads < seq_len, "mtp_num_heads", f"less than TRAIN_SEQ_LEN={seq_len}"),
-            (self.train_batch_tokens % seq_len == 0, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={seq_len}"),
+            (not cap or reserve < cap, "train_reserve_seconds", "less than MAX_WALLCLOCK_SECONDS"),
+            (not cap or reserve or self.quantizer == "lite", "train_reserve_seconds", "above 0 with this QUANTIZER"),
+            (not ttt or self.ttt_freeze_blocks <= layers, "ttt_freeze_blocks", "at most NUM_LAYERS"),
+            (self.mtp_num_heads < seq_len, "mtp_num_heads", "less than TRAIN_SEQ_LEN"),
+            (self.train_batch_tokens % seq_len == 0, "train_batch_tokens", "a multiple of TRAIN_SEQ_LEN"),
             (not hashed or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
-            (self.run_id not in (".", "..") and not set(self.run_id) & set('/\\\0'), "run_id", "a file's name"),
+            (self.run_id not in (".", "..") and not {*self.run_id} & {*"/\\\0"}, "run_id", "a file's name"),
         )
         for rule in rules:
-            _expect(self, *rule)
+            self._expect(*rule)
         return self
+
+    def _expect(self, fits: object, name: str, allowed: str) -> None:
+        """Raises ConfigError unless it fits; every other variable that `allowed` names is shown with its value."""
+        if not fits:
+            with_values = re.sub("[A-Z_]{5,}", lambda match: f"{match[0]}={getattr(self, match[0].lower())}", allowed)
+            raise ConfigError(f"{name.upper()}={getattr(self, name)!s:.80} cannot be used: expected {with_values}")
 
     def without(self, *names: str) -> Config:
         """This config with the named fields' defaults."""
         return dataclasses.replace(self, **{name: getattr(Config, name) for name in names})
 
     def portable(self) -> Config:
-        """The config in an artifact: no MTP heads, no paths, nothing of restarts."""
-        return dataclasses.replace(self.without(*PLACE_FIELDS, *PROCESS_FIELDS, *MACHINE_FIELDS), mtp_num_heads=0)
+        """The config in an artifact."""
+        return self.without(*PLACE_FIELDS, *PROCESS_FIELDS, "compute_dtype", "micro_batch_tokens", "mtp_num_heads")
 
     @property
     def head_dim(self) -> int:
@@ -525,7 +536,7 @@ class Config:
 
     @property
     def bank_bits(self) -> dict[str, int]:
-        """Bits of each bank's weights in the artifact."""
+        """In the artifact."""
         attention, mlp = (bits or self.qat_bits or 6 for bits in (self.attn_bits, self.mlp_bits))
         return dict(mlp_up_bank=mlp, mlp_down_bank=mlp, qo_bank=attention, kv_bank=attention)
 
@@ -546,7 +557,6 @@ class Config:
 
 PLACE_FIELDS = ("data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id")
 PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_seconds")
-MACHINE_FIELDS = ("compute_dtype", "micro_batch_tokens")
 # Fields that begin like this may differ in a resumed run: they do not change what training computes.
 NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
@@ -554,49 +564,50 @@ NOT_TRAINING = (
     "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
 )  # fmt: skip
 
+# What public work has shown to help at any size, and what every small model on a CPU has.
 FRONTIER: dict[str, Any] = dict(
-    qk_gain_init=5.0, min_lr=0.05, muon_eq_rows=True, ema_decay=0.9965, quantizer="gptq", fit_bytes=True,
+    qk_gain_init=5.0, min_lr=0.05, muon_eq_rows=True, ema_decay=0.9965, quantizer="gptq", ttt_enabled=True,
+    mixer="backoff",
+)  # fmt: skip
+SMALL: dict[str, Any] = dict(
+    bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_chunk_tokens=8192,
+    ttt_batch_seqs=8,
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
 RECIPES: dict[str, dict[str, Any]] = {
-    "swarm": dict(  # pull request 1081
-        mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, fit_bytes=True, ttt_enabled=True, mixer="backoff",
-    ),
-    "backoff": dict(mtp_num_heads=2, fit_bytes=True, mixer="backoff-published", ngram_counts="hashed"),  # 1094
-    "leaky": dict(fit_bytes=True, ttt_enabled=True),  # 977
+    "swarm": dict(mtp_num_heads=2, swarm_enabled=True, kg_enabled=True, ttt_enabled=True, mixer="backoff"),  # 1081
+    "backoff": dict(mtp_num_heads=2, mixer="backoff-published", ngram_counts="hashed"),  # pull request 1094
+    "leaky": dict(ttt_enabled=True),  # 977
     "hedge": dict(  # 700
         num_kv_heads=8, mlp_mult=3.5, leaky_slope=0.5, bigram_vocab_size=6144, xsa_last_n=11, matrix_lr=0.025,
         warmdown_iters=3500, qat_bits=5, late_qat_threshold=0.5, crown_q_lambda=0.01, quantizer="gptq",
-        prune_fraction=0.03, train_reserve_seconds=18.0, fit_bytes=True, ttt_enabled=True, ttt_optimizer="adamw",
-        ttt_lr=1e-4, ttt_lr_ramp=3.0, ttt_epochs=4, ttt_chunk_tokens=131_072, ttt_freeze_blocks=9, ttt_scope="last",
+        prune_fraction=0.03, train_reserve_seconds=18.0, ttt_enabled=True, ttt_optimizer="adamw", ttt_lr=1e-4,
+        ttt_lr_ramp=3.0, ttt_epochs=4, ttt_chunk_tokens=131_072, ttt_freeze_blocks=9, ttt_scope="last",
         polyak_decay=0.998, ttt_byte_weighted=True, ttt_temperature=0.98, mixer="hedge",
     ),
     "smear": dict(  # 150
         leaky_slope=0.0, bigram_start_bucket=False, zero_init_out=False, xsa_last_n=0, rope_dims=0, rope_base=50_000.0,
         rope_train_len=0, ln_scale=False, ve_layers=(), matrix_lr=0.025, warmdown_iters=3000, late_qat_threshold=1.0,
-        weight_average="swa", embed_bits=16, fit_bytes=True, ttt_enabled=True,
+        weight_average="swa", embed_bits=16, ttt_enabled=True,
     ),
-    "frontier": dict(  # what public work has shown to help
+    "frontier": dict(
         **FRONTIER, bigram_vocab_size=3072, bigram_dim=112, xsa_last_n=11, parallel_residual_from=7,
-        repeat_layers=(4, 5), muon_momentum=0.97, train_reserve_seconds=8.0, ttt_enabled=True, mixer="backoff",
+        repeat_layers=(4, 5), muon_momentum=0.97, train_reserve_seconds=8.0,
     ),
     "laptop": dict(
-        **FRONTIER, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, bigram_dim=64, xsa_last_n=6,
-        ve_dim=64, ve_layers=(4, 5), parallel_residual_from=4, repeat_layers=(2, 3), train_seq_len=512,
-        train_batch_tokens=16_384, warmdown_iters=100, muon_momentum_warmup_steps=60, val_loss_every=0,
-        train_log_every=20, train_reserve_seconds=15.0, calibration_tokens=16_384, swarm_enabled=True, swarm_every=20,
-        kg_enabled=True, eval_seq_len=512, ttt_enabled=True, ttt_chunk_tokens=8192, ttt_batch_seqs=8, mixer="backoff",
+        **FRONTIER, **SMALL, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64,
+        ve_layers=(4, 5), parallel_residual_from=4, repeat_layers=(2, 3), train_seq_len=512, train_batch_tokens=16_384,
+        warmdown_iters=100, val_loss_every=0, train_log_every=20, train_reserve_seconds=15.0,
+        calibration_tokens=16_384, swarm_every=20, eval_seq_len=512,
     ),
     "demo": dict(
-        data_path="./runs/demo/data", out_dir="./runs/demo",
-        num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, ve_layers=(2,), ve_dim=32, bigram_dim=64,
-        xsa_last_n=1, rope_train_len=256, mtp_num_heads=1, train_seq_len=256, train_batch_tokens=2048,
-        micro_batch_tokens=2048, iterations=500, warmdown_iters=250, max_wallclock_seconds=80.0,
-        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.95,
-        val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_enabled=True, swarm_every=50,
-        kg_enabled=True, ttt_enabled=True, ttt_epochs=1, ttt_chunk_tokens=8192,
-        ttt_freeze_blocks=1, ttt_batch_seqs=8, ttt_lr=0.01, mixer="backoff",
+        **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
+        num_kv_heads=1, ve_layers=(2,), ve_dim=32, xsa_last_n=1, rope_train_len=256, mtp_num_heads=1,
+        train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, iterations=500, warmdown_iters=250,
+        max_wallclock_seconds=80.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85, ema_decay=0.95,
+        val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_enabled=True, ttt_epochs=1,
+        ttt_freeze_blocks=1, ttt_lr=0.01, mixer="backoff",
     ),
 }  # fmt: skip
 
@@ -615,17 +626,7 @@ def help_text() -> str:
 
 
 def allowed_text(each: dataclasses.Field[Any]) -> str:
-    allowed = each.metadata["allowed"]
-    if isinstance(allowed, tuple):
-        return f"a value from {allowed[0]:g} to {allowed[1]:g}"
-    choices = RECIPES if each.name == "recipe" else allowed
-    return "one of " + ", ".join(map(str, choices)) if choices else KINDS.get(str(each.type), "text")
-
-
-KINDS = {
-    "int": "a whole number", "float": "a finite number", "bool": "0, 1, true or false", "bool | None": "auto, 0 or 1",
-    "tuple[int, ...]": "whole numbers with commas between",
-}  # fmt: skip
+    return each.metadata["allowed"] or KINDS[each.type][1]
 
 
 def as_variable(value: Any) -> str:
@@ -635,43 +636,39 @@ def as_variable(value: Any) -> str:
     return "auto" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _parse_fields(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Raises ConfigError where a text cannot be read."""
-    kinds = typing.get_type_hints(Config)
-    return {name: _parse(name.upper(), text, kinds[name]) for name, text in texts.items()}
+FLAGS = {"0": False, "false": False, "1": True, "true": True}
+
+# How the text of a field of each annotation is read, and what it may be.
+KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": (float, "a finite number"),
+    "bool": (lambda text: FLAGS[text.strip().lower()], "0, 1, true or false"),
+    "bool | None": (lambda text: {"auto": None, **FLAGS}[text.strip().lower()], "auto, 0 or 1"),
+    "tuple[int, ...]": (
+        lambda text: tuple(int(part) for part in text.split(",") if part.strip()), "whole numbers with commas between"
+    ),
+}  # fmt: skip
 
 
-def prepared_with(folder: str) -> dict[str, Any]:
-    """What data/prepare.py says of the shards that it made: their tokenizer, its size and knowledge graph."""
+def parse(variable: str, text: str, kind: object) -> Any:
+    """Its value. Raises ConfigError where the text is none of that kind."""
+    read, wanted = KINDS[kind]
     try:
-        vocab_size = int(json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["vocab_size"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    files = dict(tokenizer_path=f"{folder}/tokenizer.model", kg_path=f"{folder}/kg_blob.txt")
-    return dict(vocab_size=vocab_size) | {name: path for name, path in files.items() if os.path.isfile(path)}
-
-
-def _parse(variable: str, text: str, kind: Any) -> Any:
-    """Raises ConfigError where the text is none of the field's type."""
-    try:
-        if kind == bool | None and text.lower() == "auto":
-            return None
-        if kind in (bool, bool | None):
-            return {"0": False, "false": False, "1": True, "true": True}[text.strip().lower()]
-        if kind == tuple[int, ...]:
-            return tuple(int(part) for part in text.split(",") if part.strip())
-        value = kind(text)
+        value = read(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError
         return value
     except (ValueError, KeyError):
-        wanted = KINDS[kind.__name__ if kind in (int, float, bool) else str(kind)]
         raise ConfigError(f"{variable}={text!r:.80} cannot be read: expected {wanted}") from None
 
 
-def _expect(config: Config, ok: bool, name: str, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name.upper()}={getattr(config, name)!s:.80} cannot be used: expected {allowed}")
+def prepared_with(folder: str) -> dict[str, Any]:
+    """The settings that data/prepare.py made shards for: their tokenizer, its size and knowledge graph."""
+    if not isinstance(vocab_size := read_manifest(folder).get("vocab_size"), int):
+        return {}
+    files = dict(tokenizer_path=f"{folder}/tokenizer.model", kg_path=f"{folder}/kg_blob.txt")
+    return dict(vocab_size=vocab_size) | {name: path for name, path in files.items() if os.path.isfile(path)}
 
 
 # Variables of other submissions, and what takes their place here, if anything does.
@@ -686,12 +683,11 @@ FOREIGN = dict(
 
 
 def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
-    """Raises ConfigError for another submission's variable, or nearly a field's name: neither is ignored in silence."""
+    """Raises ConfigError for another submission's variable, or nearly a field's name."""
     for name in sorted(set(environ) - known - {"COMPILER", "NUM_THREADS"}):  # near, and in ordinary use
         upper, text = name.upper(), f"{name}={environ[name]!r} is no setting of this program"
         if upper in FOREIGN:
-            instead = f"{FOREIGN[upper]} takes its place" if FOREIGN[upper] else "nothing takes its place"
-            raise ConfigError(f"{text}: {instead}. Unset it")
+            raise ConfigError(f"{text}: {FOREIGN[upper] or 'nothing'} takes its place. Unset it")
         if close := difflib.get_close_matches(upper, sorted(known), n=1, cutoff=0.88):
             raise ConfigError(f"{text}; did you mean {close[0]}? Rename or unset it")
 
@@ -702,20 +698,21 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
 # change while a run reads it, so everything is checked before it is used.
 MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
 
 
 class TokenLoader:
     """This rank's micro-batches of any step; a thread reads the next step's ahead into pinned memory.
 
-    A batch depends on its step alone: every world size sees the same global batch, and a run resumes by its step.
+    A batch depends on its step alone, a global one not on the world size.
     """
 
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime):
         self.stream, self.config, self.runtime = stream, config, runtime
         self.plan = BatchPlan.of(config, runtime.world_size)
-        self.on_cuda = runtime.device.type == "cuda"  # where a thread pins memory by the device it is set to
-        initializer = functools.partial(torch.cuda.set_device, runtime.device) if self.on_cuda else None
-        self.reader = ThreadPoolExecutor(1, "loader", initializer)
+        self.on_cuda = runtime.device.type == "cuda"
+        pins_for = functools.partial(torch.cuda.set_device, runtime.device) if self.on_cuda else None
+        self.reader = ThreadPoolExecutor(1, "loader", pins_for)
         self.ahead: dict[int, Future[Tensor]] = {}  # by step, one at most
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -730,7 +727,7 @@ class TokenLoader:
         """This rank's sequences, each with the token after it: uint16 (rank_seqs, train_seq_len + 1)."""
         seq_len, seqs = self.config.train_seq_len, self.plan.rank_seqs
         first = (step * self.runtime.world_size + self.runtime.rank) * seqs
-        sequences = list(range(first, first + seqs))
+        sequences: Sequence[int] = range(first, first + seqs)
         if self.config.shuffle:
             count = max((len(self.stream) - 1) // seq_len, 1)
             sequences = [shuffled(position, count, self.config.seed) for position in sequences]
@@ -749,20 +746,18 @@ class TokenLoader:
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
-    """Which of `count` sequences stands at a position of the training order: each once before any comes again.
+    """Which of `count` sequences stands at a position of the training order; each pass over them has its own.
 
-    A Feistel network over the bits of `count`, walked until it is in range (Black and Rogaway, 2002), permutes
-    without a table; every pass over the data has an order of its own.
+    A Feistel network, walked until it is in range (Black and Rogaway, 2002), permutes without a table.
     """
     epoch, value = divmod(position, count)
-    half_bits = ((count - 1).bit_length() + 1) // 2
-    mask = (1 << half_bits) - 1
+    half = 1 << ((count - 1).bit_length() + 1) // 2
     while True:
-        left, right = value >> half_bits, value & mask
+        left, right = divmod(value, half)
         for turn in range(4):
             mixed = hashlib.blake2b(f"{seed} {epoch} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(mixed, "little") & mask
-        value = left << half_bits | right
+            left, right = right, left ^ int.from_bytes(mixed, "little") % half
+        value = left * half + right
         if value < count:
             return value
 
@@ -776,13 +771,12 @@ class BatchPlan(NamedTuple):
     @classmethod
     def of(cls, config: Config, world_size: int) -> BatchPlan:
         """The fewest micro-batches within MICRO_BATCH_TOKENS. Raises ConfigError when ranks cannot share equally."""
-        seqs = config.train_batch_tokens // config.train_seq_len
-        if seqs % world_size:
-            found = f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {seqs} sequences"
-            fitting = max(seqs // world_size, 1) * world_size * config.train_seq_len
-            raise ConfigError(f"{found} and cannot be shared by {world_size} ranks; use {fitting}")
-        rank_seqs = seqs // world_size
-        largest = max(1, (config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS) // config.train_seq_len)
+        total, seq_len = config.train_batch_tokens, config.train_seq_len
+        rank_seqs, left_over = divmod(total // seq_len, world_size)
+        if left_over:
+            fitting = max(rank_seqs, 1) * world_size * seq_len
+            raise ConfigError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS={total} equally; use {fitting}")
+        largest = max(1, (config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS) // seq_len)
         steps = next(n for n in range(1, rank_seqs + 1) if rank_seqs % n == 0 and rank_seqs // n <= largest)
         return cls(rank_seqs, steps)
 
@@ -813,17 +807,12 @@ class TokenStream:
             start %= len(self)
             index = int(np.searchsorted(self.ends, start, side="right"))
             left = int(self.ends[index]) - start
-            piece = self._piece(index, len(self.shards[index]) - left, min(count, left))
-            check_vocabulary(piece, self.vocab_size, self.paths[index])
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
+            pieces.append(self._piece(index, len(self.shards[index]) - left, min(count, left)))
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
     def _piece(self, index: int, offset: int, count: int) -> np.ndarray:
-        """Raises DataError when the shard is not what it was at the start.
-
-        It is read, not mapped: touching the map of a file that has shrunk kills the process.
-        """
+        """Read, not mapped: touching the map of a file that has shrunk kills the process. Raises DataError."""
         path, advice = self.paths[index], "restore it, and RESUME=auto goes on"
         try:
             same = path.stat().st_mtime_ns == self.modified_ns[index] or shard_identity(path) == self.identity[index]
@@ -832,6 +821,7 @@ class TokenStream:
             raise DataError(f"cannot read the shard {path} any more: {error.strerror}; {advice}") from error
         if not same or len(piece) < count:
             raise DataError(f"{path} has changed during the run; {advice}")
+        check_vocabulary(piece, self.vocab_size, path)
         return piece
 
 
@@ -844,23 +834,25 @@ def shard_identity(path: Path) -> list[Any]:
 
 
 class ValidationSet:
-    """The validation split: tokens (N+1,) uint16 and the bytes of each of the N targets.
-
-    `unknown_origin` is a line for the log, "" where the shards tell that they are of this tokenizer.
-    """
+    """The validation split: tokens (N+1,) uint16 and the bytes of each of the N targets. Raises DataError."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        paths = find_shards(config.data_path, "val")
-        self.unknown_origin = check_shard_tokenizer(paths[0].parent, tokenizer.digest)
+        folder = config.data_path
+        paths = find_shards(folder, "val")
+        self.named_tokenizer = named = read_manifest(folder).get("tokenizer_hash")
+        if named not in (None, tokenizer.digest):
+            found = f"need tokenizer {named} (manifest.json), not {tokenizer.digest}"
+            raise DataError(f"shards in DATA_PATH={folder} {found}; set TOKENIZER_PATH to theirs")
         tokens = np.concatenate([read_shard(path) for path in paths])
-        check_vocabulary(tokens, config.vocab_size, paths[0].parent)
+        check_vocabulary(tokens, config.vocab_size, folder)
         if len(tokens) < 2:
-            raise DataError(f"the validation split in {paths[0].parent} is empty: {len(tokens)} tokens of 2")
+            raise DataError(f"the validation split in {folder} is empty: {len(tokens)} tokens of 2")
         self.partial = 0 < config.val_tokens < len(tokens) - 1
         self.tokens = tokens[: config.val_tokens + 1] if self.partial else tokens
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
-        if int(self.bytes.sum(dtype=np.int64)) == 0:
-            raise DataError(f"the validation split in {paths[0].parent} holds no text, only control tokens")
+        self.total_bytes = int(self.bytes.sum(dtype=np.int64))
+        if self.total_bytes == 0:
+            raise DataError(f"the validation split in {folder} holds no text, only control tokens")
         self.digest = digest_of(self.tokens, self.bytes, tokenizer.digest)
 
     @property
@@ -869,21 +861,16 @@ class ValidationSet:
 
     @property
     def note(self) -> str:
-        """Put behind every result that does not cover the whole split."""
         return "partial" if self.partial else ""
 
 
-def check_shard_tokenizer(folder: Path, digest: str) -> str:
-    """A line for the log where no manifest names the shards' tokenizer. Raises DataError when it names another one."""
-    path = folder / "manifest.json"
+def read_manifest(folder: str) -> dict[str, Any]:
+    """What the programs in data/ wrote of the shards that they put there; {} where they did not."""
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))["tokenizer_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"note: {path} names no tokenizer, so the shards may be of another one than this ({digest})"
-    if named != digest:
-        advice = "set TOKENIZER_PATH to theirs, or make the shards again"
-        raise DataError(f"shards in DATA_PATH={folder} need tokenizer {named} ({path.name}), not {digest}; {advice}")
-    return ""
+        manifest = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 class Tokenizer:
@@ -895,26 +882,24 @@ class Tokenizer:
 
     strips_all = False  # whether a document loses all leading spaces in decoding, where it loses any
 
-    def __init__(self, path: str, vocab_size: int, content: bytes | None = None):
-        """`content`: what the file holds, if read already. Raises DataError, ConfigError (its size)."""
+    def __init__(self, path: str, vocab_size: int):
+        """Raises DataError, ConfigError (its size)."""
         sentencepiece = require("sentencepiece", "counting the bytes of the validation text")
-        if content is None and not os.path.isfile(path):  # false for names that no system can hold
-            raise DataError(f"no tokenizer at TOKENIZER_PATH={path}; run data/fetch_fineweb.py or data/prepare.py")
+        if not os.path.isfile(path):  # false for names that no system can hold
+            raise DataError(f"no tokenizer at TOKENIZER_PATH={path}; {MAKE_DATA}")
         try:
-            stored = {"model_file": str(path)} if content is None else {"model_proto": content}
-            model = sentencepiece.SentencePieceProcessor(**stored)
-            self.pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+            self.model = sentencepiece.SentencePieceProcessor(model_file=path)
+            self.pieces = [self.model.id_to_piece(i) for i in range(self.model.vocab_size())]
         except (RuntimeError, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
             raise DataError(f"TOKENIZER_PATH={path} is not a readable SentencePiece model") from error
         if len(self.pieces) != vocab_size:
             raise ConfigError(f"TOKENIZER_PATH={path} has {len(self.pieces)} pieces, but VOCAB_SIZE={vocab_size}")
-        self.model = model
         if problem := self._make_byte_tables():
-            advice = "train one with data/prepare.py --train-tokenizer"
-            raise DataError(f"{path}: this tokenizer's bytes cannot be counted: {problem}; {advice}")
+            problem += "; train one with data/prepare.py --train-tokenizer"
+            raise DataError(f"{path}: this tokenizer's bytes cannot be counted: {problem}")
 
     def _make_byte_tables(self) -> str:
-        """Make the tables of bytes; returns why they are wrong, "" where they are right."""
+        """Returns why they are wrong, "" where they are right."""
         model, space = self.model, self.model.piece_to_id("▁")
         bos = model.bos_id() if model.bos_id() >= 0 else model.piece_to_id("<s>")  # -1 unless of type control
         if model.is_unknown(bos):
@@ -959,14 +944,12 @@ def find_shards(folder: str, split: str) -> list[Path]:
     """Shards `*_{split}_*.bin`, sorted. Raises DataError when there are none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin")) if os.path.isdir(folder) else []
     if not paths:
-        advice = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
-        raise DataError(f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; {advice}")
+        raise DataError(f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; {MAKE_DATA}")
     return paths
 
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens, uint16 (tokens,). Raises DataError."""
-    advice = "make it again with data/prepare.py or data/fetch_fineweb.py"
     try:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=256)
@@ -974,9 +957,9 @@ def read_shard(path: Path) -> np.ndarray:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         found = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
-        raise DataError(f"{path} is no token shard ({found}; expected magic {SHARD_MAGIC}, version 1); {advice}")
+        raise DataError(f"{path} is no token shard ({found}; expected magic {SHARD_MAGIC}, version 1); {MAKE_DATA}")
     if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise DataError(f"{path} is damaged: {header[2]} tokens promised, {size} bytes found; {advice}")
+        raise DataError(f"{path} is damaged: {header[2]} tokens promised, {size} bytes found; {MAKE_DATA}")
     return np.memmap(path, dtype=np.uint8, mode="r")[SHARD_HEADER_BYTES:].view("<u2")
 
 
@@ -3167,7 +3150,7 @@ class Runtime:
 
     def __init__(self, config: Config, environ: Mapping[str, str]):
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        place = (_parse(name, environ.get(name, text), int) for name, text in alone.items())
+        place = (parse(name, environ.get(name, text), "int") for name, text in alone.items())
         self.rank, self.local_rank, self.world_size, self.local_world_size = place
         if not 0 <= self.rank < self.world_size:
             advice = "torchrun sets RANK from 0 to WORLD_SIZE - 1; unset both without it"

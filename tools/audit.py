@@ -39,13 +39,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
-import torch
-
 if __name__ == "__main__" and any(word.split("=")[0] == "--submission" for word in sys.argv[1:]):
     import audit_submission  # before anything of this project's record, which it does without
 
     sys.exit(audit_submission.main())
+
+import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import audit_decode

@@ -55,7 +55,7 @@ def compile_nothing(function: Any = None, **_: Any) -> Any:
 
 
 def no_gradients(mode: bool = True) -> Any:
-    """In the place of torch.inference_mode: what is cached in it, such as rotary angles, may be trained through later."""
+    """In the place of torch.inference_mode: what it caches (rotary angles) may be trained through later."""
     return torch.no_grad() if mode else contextlib.nullcontext()
 
 
@@ -120,8 +120,8 @@ def load(script: str | Path, settings: Mapping[str, str]) -> Any:
 def small_model(model_class: Any, settings: Any, std: float = 0.15, **given: Any) -> torch.nn.Module:
     """A model with random matrices. Arguments of the class are `given`, or attributes of `settings` of the same name.
 
-    All matrices are drawn anew, with `std`: those that a script starts at zero would leave layers out. Raises ValueError
-    for an argument that is neither given nor found.
+    All matrices are drawn anew, with `std`: those that a script starts at zero would leave layers out. Raises
+    ValueError for an argument that is neither given nor found.
     """
     arguments = dict(given)
     for name, parameter in inspect.signature(model_class).parameters.items():

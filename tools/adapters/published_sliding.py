@@ -20,7 +20,7 @@ SPLIT_TARGETS, CUT = 62_021_632, 32  # targets of the real split, and by how muc
 
 script = cpu_standins.load(SCRIPT, SETTINGS)
 settings = script.Hyperparameters()
-model = cpu_standins.small_model(script.GPT, settings)  # 3: arguments of GPT that the settings do not name
+model = cpu_standins.small_model(script.GPT, settings)  # 3: what GPT wants besides; .bfloat16() where main() does
 
 
 def score(tokens):

@@ -4,6 +4,7 @@
     python tools/audit.py --artifact final_model.int6.ptz            that artifact too, under its own settings
     python tools/audit.py --artifact FILE --data DIR --tokenizer FILE --log logs/RUN.jsonl --json audit.json
     python tools/audit.py --artifact FILE --data DIR --tokenizer FILE --decode --decode-at 0.7 --decode-tokens 200
+    python tools/audit.py --submission ADAPTER.py                    anybody's submission (audit_submission.py)
 
 The scorers get short streams in the place of the validation text, and all lengths are cut to match: context, stride,
 TTT chunk, the blocks between two updates of a mixer, and with them NGRAM_BUCKETS, so that a bucket is as full as it
@@ -37,6 +38,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+if __name__ == "__main__" and any(word.split("=")[0] == "--submission" for word in sys.argv[1:]):
+    import audit_submission  # before anything of this project's record, which it does without
+
+    sys.exit(audit_submission.main())
 
 import numpy as np
 import torch
@@ -1007,8 +1013,11 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode", action="store_true", help="only decode a stretch; an artifact's needs --data")
     parser.add_argument("--decode-at", type=float, default=0.7, help="where it begins: a fraction of the split (0.7)")
     parser.add_argument("--decode-tokens", type=int, default=200, help="how many targets it has (200)")
+    parser.add_argument("--submission", metavar="ADAPTER.py", help="audit another submission; has options of its own")
     parser.add_argument("--json", type=Path, help="write the findings there")
     arguments = parser.parse_args(words)
+    if arguments.submission:
+        parser.error("--submission is a command of its own: write it in full, see tools/audit_submission.py --help")
     if bool(arguments.data) != bool(arguments.tokenizer) or (arguments.data and not arguments.artifact):
         parser.error("--data and --tokenizer go together, with --artifact")
     if arguments.decode and arguments.artifact and not arguments.data:

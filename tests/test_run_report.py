@@ -196,6 +196,21 @@ def test_the_numbers_of_a_log_are_those_on_its_page(tmp_path):
     assert "valid, and within every budget" in page.words()
 
 
+def test_the_numbers_of_a_real_run_are_those_on_its_page(tiny_run, tmp_path):
+    page = report(tmp_path, tiny_run.out_dir / "logs" / "run.jsonl")
+    assert_says(page, tiny_run.events)
+    assert "✓ valid, and within every budget" in page.words()
+    tensors = page.tables["Bytes by tensor, run: The numbers"][1:]
+    listed = last(tiny_run.events, "tensor_bytes")
+    assert {row[0]: (row[1], row[2]) for row in tensors[:-1]} == {
+        name: (listed["codec"][name], f"{size:,}") for name, size in listed["bytes"].items()
+    }
+    chunks = [row for row in tiny_run.events if row["event"] == "ttt_chunk"]
+    table = "Bits per byte of all chunks so far: The numbers"
+    assert page.column(table, "so far") == [f"{row['val_bpb_so_far']:.4f}" for row in chunks]
+    assert dict(zip(*page.tables["Machine"]))["peak MiB"] == f"{last(tiny_run.events, 'memory')['peak_mib']:,}"
+
+
 def test_seeds_get_mean_and_standard_deviation(tmp_path):
     runs = {seed: log_rows(seed) for seed in (1, 2, 3)}
     page = report(tmp_path, *(write_log(tmp_path / f"seed{seed}.jsonl", rows) for seed, rows in runs.items()))
@@ -245,34 +260,30 @@ def test_the_seed_and_places_of_files_are_all_that_one_configuration_may_differ_
     assert {"seed", *train_gpt.PLACE_FIELDS, *train_gpt.PROCESS_FIELDS} == run_report.OF_THE_RUN
 
 
-@pytest.mark.parametrize(
-    ("event", "fields", "broken"),
-    [
-        ("final_int8_zlib_roundtrip_exact", dict(valid=False), "valid"),
-        ("validation", dict(note="partial"), "text"),
-        ("total_bytes", dict(bytes=16_000_001), "bytes"),
-        ("evaluation", dict(total_s=600.5), "evaluation time"),
-        ("step_validation", dict(train_time_ms=600_100.0), "training time"),
-    ],
-)
-def test_the_verdict_names_what_is_broken(event, fields, broken, tmp_path):
-    assert f"✗ falls short in: {broken} " in page_of(tmp_path, changed(log_rows(), event, **fields)).words()
+BUDGETS = {  # event: field, the most that is allowed, unit of the excess
+    "total_bytes": ("bytes", 16_000_000, 1),
+    "evaluation": ("total_s", 600.0, 0.1),
+    "step_validation": ("train_time_ms", 600_031.5, 0.1),  # the step in which the time ends is within it
+}
 
 
-@pytest.mark.parametrize(
-    ("event", "fields"),
-    [
-        ("total_bytes", dict(bytes=16_000_000)),
-        ("evaluation", dict(total_s=600.0)),
-        ("step_validation", dict(train_time_ms=600_030.0)),  # the step in which the time ends is within it
-    ],
-)
-def test_a_budget_just_kept_is_kept(event, fields, tmp_path):
-    assert "✓ valid, and within every budget" in page_of(tmp_path, changed(log_rows(), event, **fields)).words()
+def test_the_verdict_names_all_that_is_broken(tmp_path):
+    rows = changed(changed(log_rows(), "validation", note="partial"), "final_int8_zlib_roundtrip_exact", valid=False)
+    for event, (name, most, unit) in BUDGETS.items():
+        rows = changed(rows, event, **{name: most + unit})
+    broken = "valid, text, training time, evaluation time, bytes"
+    assert f"✗ falls short in: {broken} " in page_of(tmp_path, rows).words()
+
+
+def test_budgets_just_kept_are_kept(tmp_path):
+    rows = log_rows()
+    for event, (name, most, _) in BUDGETS.items():
+        rows = changed(rows, event, **{name: most})
+    assert "✓ valid, and within every budget" in page_of(tmp_path, rows).words()
 
 
 # Logs that are not whole ------------------------
-@pytest.mark.parametrize("count", [1, 4, 12, 33, 43])
+@pytest.mark.parametrize("count", [1, 12, 33, 43])
 def test_a_run_that_still_goes_on_is_shown_as_far_as_it_came(count, tmp_path):
     rows = log_rows()[:count]
     words = page_of(tmp_path, rows, '{"event": "step", "st').words()
@@ -287,7 +298,7 @@ def test_a_run_that_still_goes_on_is_shown_as_far_as_it_came(count, tmp_path):
 def test_stages_that_are_not_there_yet_are_named_and_those_not_asked_for_are_not(tmp_path):
     rows = without(log_rows(), "legal_ttt", "final_mixed", "ttt_chunk", "final_int8_zlib_roundtrip_exact")
     words = page_of(tmp_path, rows).words()
-    assert "Not scored in run so far: test-time training, mixed with n-grams." in words
+    assert "Not scored in run: test-time training, mixed with n-grams." in words
     plain = changed(rows, "config", ttt_enabled=False, mixer="none", swarm_enabled=False)
     words = page_of(tmp_path, without(plain, "vote")).words()
     assert "Not scored" not in words
@@ -326,7 +337,7 @@ def test_after_a_restart_the_steps_taken_again_count(tmp_path):
     assert "valid, and within every budget" in page.words()
 
 
-@pytest.mark.parametrize("odd", [None, True, {"a": {}}, math.nan, 10**400, -1, 0, "\ud800\0<b>"])
+@pytest.mark.parametrize("odd", [None, {"a": {}}, math.nan, 10**400, 0, "\ud800\0<b>"])
 def test_values_of_any_kind_end_in_a_page(odd, tmp_path):
     rows = [{name: row[name] if name in ("event", "stage") else odd for name in row} for row in log_rows()]
     for number, row in enumerate(rows):
@@ -517,7 +528,7 @@ def in_browser(page: Page, width: int, folder: Path) -> dict[str, Any]:
     options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     options += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000"]
     command = [str(CHROMIUM), *options, f"--window-size={max(width, 600)},900", "--dump-dom", measure.as_uri()]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180, check=True)
     (found,) = re.findall(r'<pre id="found">(\{.*?\})</pre>', done.stdout)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return json.loads(html.unescape(found)) | dict(console=console)

@@ -44,11 +44,15 @@ OF_THE_RUN = {
     "checkpoint_keep", "resume", "join_seconds",
 }  # fmt: skip
 MOST_ROWS, MOST_POINTS, MOST_BARS, MOST_LABELS = 200, 1500, 16, 12
+SMALLEST_BAR = 0.005  # of all tensors' bytes; smaller ones share a bar
 NONE = "—"
 
 
 class ReportError(Exception):
     """Logs, or a place for the page, that cannot be used; the text says what to do."""
+
+
+UNUSABLE = (ReportError, LogError)
 
 
 # Words and numbers ------------------------
@@ -86,6 +90,12 @@ class Table(NamedTuple):
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     folded: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes more than half a desktop's window."""
+        longest = [max(map(len, column)) for column in zip(self.head, *self.rows)]
+        return self.folded or sum(longest) + 2 * len(longest) > 75
 
 
 class Picture(NamedTuple):
@@ -268,7 +278,8 @@ def missing(runs: Sequence[Run], has: Callable[[Run], Any], what: str) -> list[s
     lacking = [run for run in runs if not has(run)]
     if not lacking:
         return []
-    return [f"No {what} in {'this log' if len(runs) == 1 else 'the log of ' + names_of(lacking)} so far."]
+    where = "this log" if len(runs) == 1 else f"the log of {names_of(lacking)}"
+    return [f"No {what} in {where}{'' if all(run.finished for run in lacking) else ' so far'}."]
 
 
 def curve_lines(groups: Sequence[Configuration], curve: Callable[[Run], Points]) -> list[Line]:
@@ -378,7 +389,7 @@ def learning(groups: Sequence[Configuration]) -> Section:
     ]
     for title, xlabel, train, validation, clock in kinds:
         section.pictures.append(loss_picture(groups, title, (xlabel, clock), train, validation))
-    half = max(x for run in runs for x, _ in train_loss(run)) / 2
+    half = max(x for run in runs for x, _ in (*train_loss(run), *validation_loss(run))) / 2
 
     def later(curve: Callable[[Run], Points]) -> Callable[[Run], Points]:
         return lambda run: [(x, y) for x, y in curve(run) if x >= half]
@@ -502,7 +513,7 @@ def scores(groups: Sequence[Configuration]) -> Section:
     for run in runs:
         absent = [STAGE_NAMES[stage] for stage in expected_stages(run) if stage not in run.stages]
         if absent and run.stages:
-            section.text.append(f"Not scored in {run.name} so far: {', '.join(absent)}.")
+            section.text.append(f"Not scored in {run.name}: {', '.join(absent)}.")
     stages = [stage for stage in STAGES if any(run.bpb(stage) is not None for run in runs)]
     if not stages:
         return section
@@ -612,8 +623,10 @@ def tensor_bytes(run: Run) -> dict[str, float]:
 def tensor_picture(run: Run, group: Configuration) -> Picture:
     found, codecs = tensor_bytes(run), run.last["tensor_bytes"].get("codec")
     codec = {name: shown(codecs.get(name, NONE)) if isinstance(codecs, dict) else NONE for name in found}
-    bars = [(short(shown(name), 22), size, short(codec[name], 12)) for name, size in list(found.items())[:MOST_BARS]]
-    others = list(found.values())[MOST_BARS:]
+    total = sum(found.values()) or 1.0
+    seen = [name for name, size in found.items() if size >= SMALLEST_BAR * total][:MOST_BARS]
+    bars = [(short(shown(name), 22), found[name], short(codec[name], 12)) for name in seen]
+    others = list(found.values())[len(seen) :]
     if others:
         bars.append((one_or_many(len(others), "other"), sum(others), "several"))
     code = run.get("code_bytes", "bytes")
@@ -624,7 +637,6 @@ def tensor_picture(run: Run, group: Configuration) -> Picture:
     names, values, kinds = zip(*bars)
     chart = figures.Chart("bytes", "", height_in=1.2 + 0.24 * len(bars))
     alt = f"Bar chart. {title}: {said}. The numbers follow in a table."
-    total = sum(found.values()) or 1.0
     rows = [[shown(name), codec[name], fixed(size, 0), f"{size / total:.1%}"] for name, size in found.items()]
     rows.append(["all tensors", "", fixed(sum(found.values()), 0), ""])
     table = Table("The numbers", ["tensor", "codec", "bytes", "share"], rows, folded=True)
@@ -771,7 +783,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_runs(paths: Sequence[Path], may_be_empty: bool = False) -> list[Run]:
-    """Raises ReportError for a log that is none, or is given twice."""
+    """Raises LogError for a log that is none, ReportError for one that is given twice."""
     distinct = list(dict.fromkeys(path.resolve() for path in paths))
     if len(distinct) < len(paths):
         raise ReportError("a log is given more than once; give each run's log once")
@@ -792,12 +804,12 @@ def write_page(content: str, out: Path) -> None:
 
 
 def write_report(paths: Sequence[Path], out: Path) -> None:
-    """The page about these logs. Raises ReportError."""
+    """The page about these logs. Raises ReportError or LogError."""
     write_page(page(read_runs(paths)), out)
 
 
 def follow(paths: Sequence[Path], out: Path, every_s: float) -> list[Run]:
-    """Write the page whenever a log has grown, until every run has its final row. Raises ReportError."""
+    """Write the page whenever a log has grown, until every run has its final row. Raises ReportError or LogError."""
     before: list[int] = []
     while True:
         runs = read_runs(paths, may_be_empty=True)
@@ -832,7 +844,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             follow(args.logs, args.out, args.every)
         else:
             write_report(args.logs, args.out)
-    except (ReportError, LogError) as error:
+    except UNUSABLE as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-# make demo   the whole job on a laptop CPU, in a few minutes
+# make demo   the whole job on a laptop CPU, in a few minutes, with a report of it: runs/demo/report.html
 # make test   lint, type check and the CPU test suite
 # Both need nothing but Python 3.10 to 3.13 and the package index.
 # make audit-deps   known vulnerabilities of the pinned versions, where their list can be reached

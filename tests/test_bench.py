@@ -2,18 +2,21 @@
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from support import TINY_VOCAB, read_events, tiny_environ
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common, run_all, slope_sweep, small_runs
+from bench import common, mixing_quality, run_all, slope_sweep, small_runs
 from tools import demo_summary, report
 
 REPO = Path(__file__).resolve().parents[1]
@@ -93,9 +96,7 @@ def test_the_gpu_check_runs_on_a_cpu_and_says_what_it_left_out(monkeypatch, caps
     """`compiled` and `grid`, which compile for half a minute, are left to the GPU and to tests of their own."""
     names = ["golden", "fp32", "bf16", "attention", "step", "rates", "evaluation", "ttt", "counts"]
     module = importlib.import_module("bench.gpu_check")
-    monkeypatch.setattr(
-        sys, "argv", ["gpu_check.py", "--device", "cpu", "--quick", "--threads", "1", "--only", *names]
-    )
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--quick", "--threads", "1", "--only", *names])
     assert module.main() == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.strip().splitlines()[-1])
@@ -260,20 +261,40 @@ def test_slopes_are_compared_by_a_welch_test():
     assert set(slope_sweep.against_best(found, 1).values()) == {None}
 
 
-def test_the_demo_summary_says_what_the_log_says(tiny_data, tmp_path, run_main):
+def test_the_demo_summary_says_what_the_log_says(tiny_data, tmp_path, run_main, capfd):
     """Whatever the artifact's bits and the average are."""
     options = dict(ITERATIONS=3, ATTN_BITS=5, MLP_BITS=6, WEIGHT_AVERAGE="none", TTT_ENABLED=0)
     assert run_main(tiny_environ(tiny_data, tmp_path, **options)).returncode == 0
     rows = {row["event"]: row for row in read_events(tmp_path / "logs" / "run.jsonl")}
     names = ("final_int8_zlib_roundtrip_exact", "diagnostic", "final_int5_6_roundtrip_exact")
     final, before, after = (rows[name]["val_bpb"] for name in names)
-    reached, artifact, compressed = demo_summary.summarize_run(tmp_path)
+    capfd.readouterr()
+    demo_summary.main([str(tmp_path)])
+    reached, artifact, compressed, drawn = capfd.readouterr().out.splitlines()
+    assert str(tmp_path / "report.html") in drawn
+    assert f"{final:.4f} bits per byte" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f" {final:.3f} bits per byte on " in reached
     assert artifact.endswith(f" from {before:.4f} to {after:.4f}.")
     assert f" {rows['artifact_bytes']['bytes']:,} bytes" in artifact
     zstd, xz = (float(word) for word in re.findall(r"(\d\.\d{3}) ", compressed))
     assert 1 < zstd < 8
     assert 1 < xz < 8
+
+
+def test_the_plot_of_the_mixers_begins_where_its_curves_do(tmp_path):
+    """Whatever the first targets cost, of which nothing is drawn."""
+    logp = np.full(20_000, -1.0)
+    logp[:200] = -8.0
+    curves = {
+        (stream, mixer): logp for stream in ("sliding window", "score-first TTT") for mixer in mixing_quality.MIXERS
+    }
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        mixing_quality.plot(curves, np.ones(20_000), tmp_path / "plot.svg")
+    ticks = re.findall(r"text-anchor: end[^>]*>([\d.]+)</text>", (tmp_path / "plot.svg").read_text(encoding="utf-8"))
+    drawn = [200 * 8 + count - 200 for count in (1001, 20_000)]
+    highest, lowest = (nats / count / math.log(2) for nats, count in zip(drawn, (1001, 20_000)))
+    assert len(ticks) >= 3
+    assert lowest - 0.15 < min(map(float, ticks)) < max(map(float, ticks)) < highest + 0.15
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ from support import REPO, make_documents
 from test_readme import README, commands
 
 # Needed by single settings or inputs, imported where those are met, and missed in one line that names the remedy.
-OPTIONAL = {"pyarrow", "brotli", "igraph", "flash_attn", "flash_attn_interface", "triton"}
+OPTIONAL = {"pyarrow", "brotli", "igraph", "matplotlib", "jinja2", "flash_attn", "flash_attn_interface", "triton"}
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(>=[0-9.]+)\s*(#.*)?")
 
 

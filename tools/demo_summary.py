@@ -1,9 +1,9 @@
-"""Say in three lines what a run reached, next to general-purpose compressors on the same text.
+"""Say in three lines what a run reached, next to general-purpose compressors on the same text, and draw its report.
 
     python tools/demo_summary.py runs/demo
 
 Reads the newest JSONL log in RUN/logs and the shards it names; the compressors see exactly the validation bytes
-that the model was scored on, without any training text.
+that the model was scored on, without any training text. RUN/report.html is the page of tools/run_report.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import lzma
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
+from tools import run_report
 
 
 def read_events(path: Path) -> dict[str, dict[str, Any]]:
@@ -42,14 +44,20 @@ def validation_text(config: train_gpt.Config) -> bytes:
     return "".join(model.decode(document) for document in documents).encode()
 
 
-def summarize_run(folder: Path) -> list[str]:
-    """Three lines for a newcomer. Raises SystemExit with a readable message when there is nothing to read."""
+def newest_log(folder: Path) -> Path:
+    """Raises SystemExit with a readable message when there is none."""
     logs = sorted((folder / "logs").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
     if not logs:
         raise SystemExit(f"no log in {folder / 'logs'}; run the training first")
-    events = read_events(logs[-1])
+    return logs[-1]
+
+
+def summarize_run(folder: Path) -> list[str]:
+    """Three lines for a newcomer. Raises SystemExit with a readable message when there is nothing to read."""
+    log = newest_log(folder)
+    events = read_events(log)
     if "final_int8_zlib_roundtrip_exact" not in events:
-        raise SystemExit(f"{logs[-1]} has no final line: the run did not end; run it again")
+        raise SystemExit(f"{log} has no final line: the run did not end; run it again")
     fields = {name: value for name, value in events["config"].items() if name not in ("event", "time")}
     config = train_gpt.Config.from_json(json.dumps(fields))
     final = events["final_int8_zlib_roundtrip_exact"]["val_bpb"]
@@ -66,11 +74,18 @@ def summarize_run(folder: Path) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("run", type=Path, help="the OUT_DIR of a finished run")
-    for line in summarize_run(parser.parse_args().run):
+    folder = parser.parse_args(argv).run
+    for line in summarize_run(folder):
         print(line)
+    page = folder / "report.html"
+    try:
+        run_report.write_report([newest_log(folder)], page)
+        print(f"Its curves, scores, votes and bytes are drawn in {page}; a browser opens it.")
+    except run_report.UNUSABLE as error:
+        print(f"No {page}: {error}")
 
 
 if __name__ == "__main__":

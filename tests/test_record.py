@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -295,6 +296,7 @@ def test_finish_fills_the_folder_in_from_the_run(finished: Path, capsys: pytest.
         assert (finished / f"train_seed1337{suffix}").read_bytes() == origin.read_bytes()
     readme = (finished / "README.md").read_text(encoding="utf-8")
     assert f"| 1337 | {row['val_bpb']:.4f} |" in readme
+    assert f"| `final_int6_roundtrip` | {event(rows, 'final_int6_roundtrip_exact')['val_bpb']:.4f} |" in readme
     assert "NUM_LAYERS=3" in readme  # the command runs it again, settings included
     assert "RECIPE=leaky" in row["technique_summary"]
     shutil.rmtree(finished / "logs")  # the copies are enough
@@ -507,8 +509,8 @@ SPOILT: dict[str, tuple[Change, tuple[str, ...]]] = {
     "versions": (lambda rows: row_of(rows, "environment").update(torch="9.9"), ("torch=", "'9.9'")),
     "ranks": (lambda rows: row_of(rows, "environment").update(world_size=77), ("world_size=", "77")),
     "code": (lambda rows: row_of(rows, "code_bytes").update(bytes=7), ("code bytes=", "7")),
-    "no number": (lambda rows: rows[-1].update(val_loss=math.nan), ("val_loss", "nan", "no float")),
-    "text": (lambda rows: row_of(rows, "total_bytes").update(bytes="many"), ("bytes", "'many'", "no float")),
+    "no number": (lambda rows: rows[-1].update(val_loss=math.nan), ("val_loss", "nan", "no finite number")),
+    "text": (lambda rows: row_of(rows, "total_bytes").update(bytes="many"), ("bytes", "'many'", "no int")),
     "setting": (lambda rows: row_of(rows, "config").update(matrix_lr=0.5), ("MATRIX_LR=", "0.5", "0.027")),
     "setting absent": (lambda rows: row_of(rows, "config").pop("beta1"), ("BETA1=", "0.9", "None")),
     "restart": (
@@ -796,6 +798,41 @@ def test_faults_of_somebody_elses_logs_are_refused(change, words, good: Path, ca
     code, refusals, _ = check(foreign(good, **change), capsys)
     assert code == 1
     assert [line for line in refusals if all(word in line for word in words)], refusals
+
+
+ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_odd_values_end_in_a_line_and_not_in_a_traceback(seed: int, good: Path, capsys: pytest.CaptureFixture[str]):
+    source = random.Random(seed)
+    path = source.choice(sorted(good.glob("*.json*")))
+    texts = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
+    rows = [json.loads(text) for text in texts]
+    for _ in range(source.choice((1, 1, 3))):
+        row = source.choice(rows)
+        row[source.choice([name for name in row if name != "event"] or ["event"])] = source.choice(ODD_VALUES)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check(good, capsys)[0] in (0, 1)
+    assert record.main(summary_of(sorted(good.glob("*.jsonl")), good / "again.json")) in (0, 2)
+
+
+ODD_LOG = f"""seed:abc
+step:1/2 train_time:1.1.1ms
+step:{"9" * 9000}/2 train_time:2ms
+Code size: {"9" * 9000} bytes
+odd_exact val_loss:1..2 val_bpb:1.
+odd_exact val_loss:1.2 val_bpb:1.3
+"""
+
+
+def test_files_of_any_content_end_in_a_line_and_not_in_a_traceback(good: Path, capsys: pytest.CaptureFixture[str]):
+    for text in ("[" * 100_000, "null", "", "\0", "x = " + "(" * 5000, '{"event": 1}', ODD_LOG):
+        for name in ("submission.json", "train_seed42.jsonl", "train_seed7.log", "train_gpt.py", "README.md"):
+            before = (good / name).read_bytes() if (good / name).exists() else b""
+            (good / name).write_text(text)
+            assert check(good, capsys)[0] in (0, 1)
+            (good / name).write_bytes(before)
 
 
 @pytest.mark.parametrize(

@@ -282,10 +282,10 @@ def submission(runs: Sequence[SeedRun], facts: Mapping[str, Any]) -> dict[str, A
         val_loss_std=spread(losses), val_bpb=statistics.fmean(bpbs), val_bpb_std=spread(bpbs),
         seeds=[run.seed for run in runs], seed_results={str(run.seed): seed_result(run) for run in runs},
         bytes_code=max(run.code_bytes or 0 for run in runs), bytes_total=max(run.largest_bytes for run in runs),
-        hardware=f"{environment['world_size']} × {environment['hardware']}",
+        hardware=f"{environment.get('world_size')} × {environment.get('hardware')}",
         versions={name: environment.get(name) for name in ("python", "torch", "cuda", "attention")},
         compliance=compliance, technique_summary=facts["technique"], scoring=scoring,
-        recipe=runs[0].settings[0]["recipe"], partial=runs[0].partial,
+        recipe=runs[0].settings[0].get("recipe"), partial=runs[0].partial,
     )  # fmt: skip
 
 
@@ -365,7 +365,7 @@ def as_json(content: Mapping[str, Any]) -> bytes:
 
 def technique_of(run: SeedRun, settings: Mapping[str, Any]) -> str:
     """The recipe, and the settings in which the run differs from the given ones."""
-    return " ".join([f"RECIPE={run.settings[0]['recipe']}", *changed_settings(run, settings)])
+    return " ".join([f"RECIPE={run.settings[0].get('recipe')}", *changed_settings(run, settings)])
 
 
 def changed_settings(run: SeedRun, settings: Mapping[str, Any]) -> list[str]:
@@ -466,7 +466,8 @@ def command_of(
     environment: Mapping[str, Any], changed: Sequence[str] = (), seeds: Sequence[int | None] = (1337,)
 ) -> str:
     """The lines that run the record again, as an indented block."""
-    ranks = int(environment.get("world_size", 8))
+    found = environment.get("world_size", 8)
+    ranks = found if isinstance(found, int) else 1
     start = f"torchrun --nproc_per_node={ranks} {PROGRAM}" if ranks > 1 else f"python {PROGRAM}"
     return "".join(f"    {' '.join([*changed, f'SEED={seed}', start])}\n" for seed in seeds)
 
@@ -514,7 +515,7 @@ def summary(args: argparse.Namespace) -> int:
     runs = sorted((read_run(path) for path in args.logs), key=lambda run: run.seed or 0)
     require_sound(runs, record=not args.track.startswith("non_record"))
     facts = dict(track=args.track, date=args.date, name=args.name, blurb=args.blurb, **author_of(args, {}))
-    facts["technique"] = args.technique or f"RECIPE={runs[0].settings[0]['recipe']}"
+    facts["technique"] = args.technique or technique_of(runs[0], {})
     content = submission(runs, facts) | {"logs": [path.as_posix() for path in args.logs]}
     text = as_json(with_comparison(content, args))
     write_whole(args.out, text)

@@ -142,7 +142,7 @@ def counted_code(folder: Path) -> Iterator[Path]:
         yield path
         try:
             tree = ast.parse(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         for name in imported(tree):
             parts = name.split(".")
@@ -155,7 +155,7 @@ def check_code(folder: Path, script: str, code: Sequence[Path], with_import: boo
     """Whether the script is Python for everybody, what counts, and whether it can be imported."""
     try:
         tree = ast.parse(script, feature_version=(3, 10))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield refused(PROGRAM, f"is no Python 3.10: {error}; correct it")
         return
     size, beside = sum(path.stat().st_size for path in code), [path.name for path in code[1:]]
@@ -316,7 +316,7 @@ def submission_of(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
         return {}, [unknown(name, "its fields: there is none to be read")]
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, [refused(name, f"is no JSON ({error}); correct it")]
     if not isinstance(row, dict):
         return {}, [refused(name, f"is a {type(row).__name__}, expected an object of fields; see accepted rows")]

@@ -111,7 +111,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LogError(f"{path}:{number} is no JSON; take the log as the run wrote it") from error
         if not isinstance(row, dict) or not isinstance(row.get("event"), str):
             raise LogError(f"{path}:{number} is no row of a run's log")
@@ -128,47 +128,55 @@ def with_a_fixed_name(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_of_rows(path: Path, rows: Sequence[dict[str, Any]]) -> SeedRun:
-    """The run of a JSONL log. Raises LogError where a figure is no finite number."""
+    """The run of a JSONL log. Raises LogError where a figure is none."""
 
-    def last(events: str, name: str, kinds: tuple[type, ...] = (int, float)) -> Any:
-        row = next((r for r in reversed(rows) if re.fullmatch(events, r["event"]) and name in r), None)
-        value = row[name] if row else None
-        if value is not None and (type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value))):
-            raise LogError(f"{path}: {name} of {row['event'] if row else ''!r} is {value!r}, no {kinds[-1].__name__}")
-        return value
+    def value(row: dict[str, Any], name: str, *kinds: type) -> Any:
+        """A field of one of these kinds, or None where there is none."""
+        found = row.get(name)
+        if found is None or (type(found) in kinds and (type(found) is not float or math.isfinite(found))):
+            return found
+        wanted = "finite number" if float in kinds else kinds[0].__name__
+        raise LogError(
+            f"{path}: {name} of {row['event']!r} is {found!r:.40}, no {wanted}; take the log as it was written"
+        )
 
-    def plain(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in row.items() if name not in ("event", "time")}
+    def last(events: str, name: str, *kinds: type) -> Any:
+        row = next((row for row in reversed(rows) if re.fullmatch(events, row["event"]) and name in row), None)
+        return value(row, name, *kinds) if row else None
 
-    settings = [plain(row) for row in rows if row["event"] == "config"]
-    environments = [plain(row) for row in rows if row["event"] == "environment"]
-    texts = [plain(row) for row in rows if row["event"] == "validation"]
-    masses = [row["worst"] if "worst" in row else abs(row["mass"] - 1) for row in rows if "mass" in row]
-    steps, train_ms = (last("step|step_validation", name) for name in ("step", "train_time_ms"))
-    calibrated_s = last("calibration", "train_and_calibration_s")
+    def plain(event: str) -> list[dict[str, Any]]:
+        found = [row for row in rows if row["event"] == event]
+        return [{name: each for name, each in row.items() if name not in ("event", "time")} for row in found]
+
+    scored = [row for row in rows if row["event"].endswith("_exact") and {"val_loss", "val_bpb"} <= set(row)]
+    scores = {row["event"]: tuple(value(row, name, int, float) for name in ("val_loss", "val_bpb")) for row in scored}
+    val_loss, val_bpb = scores.pop(FINAL, (None, None))
+    masses = [abs(value(row, "mass", int, float) - 1) for row in rows if row.get("mass") is not None]
+    masses += [value(row, "worst", int, float) for row in rows if row.get("worst") is not None]
+    steps, step = "step|step_validation", ("train_time_ms", "step_avg_ms")
+    train_ms, step_avg_ms = (last(steps, name, int, float) for name in step)
+    calibrated_s = last("calibration", "train_and_calibration_s", int, float)
+    texts = [row for row in rows if row["event"] == "validation"]
+    kinds = {"targets": int, "bytes": int, "digest": str}
     return SeedRun(
-        path=path, finished=bool(rows) and rows[-1]["event"] == FINAL,
-        seed=settings[0].get("seed") if settings else None,
-        val_loss=last(FINAL, "val_loss"), val_bpb=last(FINAL, "val_bpb"), valid=last(FINAL, "valid", (bool,)),
-        scores={
-            row["event"]: (row["val_loss"], row["val_bpb"])
-            for row in rows
-            if {"val_loss", "val_bpb"} <= set(row) and row["event"].endswith("_exact") and row["event"] != FINAL
-        },
-        mass_error=max(masses, default=None), partial=bool(rows) and "partial" in str(rows[-1].get("note", "")),
-        text={name: texts[0].get(name) for name in ("targets", "bytes", "digest")} if texts else {},
-        steps=steps, step_avg_ms=last("step|step_validation", "step_avg_ms"),
+        path=path, finished=bool(rows) and rows[-1]["event"] == FINAL, seed=last("config", "seed", int),
+        val_loss=val_loss, val_bpb=val_bpb, scores={name: pair for name, pair in scores.items() if None not in pair},
+        valid=last(FINAL, "valid", bool), mass_error=max(masses, default=None),
+        partial=bool(rows) and "partial" in str(rows[-1].get("note", "")),
+        text={name: value(texts[0], name, kind) for name, kind in kinds.items()} if texts else {},
+        steps=last(steps, "step", int), step_avg_ms=step_avg_ms,
         train_s=calibrated_s if calibrated_s is not None else train_ms and train_ms / 1000,
-        eval_s=last("evaluation", "total_s"), artifact_bytes=last("artifact_bytes", "bytes"),
-        code_bytes=last("code_bytes", "bytes"), total_bytes=last("total_bytes", "bytes"),
-        settings=settings, environment=environments[0] if environments else {},
-        scoring=last("track", "track", (str,)) or "",
+        eval_s=last("evaluation", "total_s", int, float), artifact_bytes=last("artifact_bytes", "bytes", int),
+        code_bytes=last("code_bytes", "bytes", int), total_bytes=last("total_bytes", "bytes", int),
+        settings=plain("config"), environment=(plain("environment") or [{}])[0],
+        scoring=last("track", "track", str) or "",
     )  # fmt: skip
 
 
-STEP = re.compile(r"^step:(\d+)/\d+ .*?train_time:([\d.]+)ms(?: step_avg:([\d.]+)ms)?", re.M)
-SCORE = re.compile(r"^(?!step:)(\w+) val_loss:([\d.]+) val_bpb:([\d.]+)(.*)$", re.M)
-STAGE_MS = re.compile(r"^(?!step:|DIAGNOSTIC)\w+ val_loss:.*eval_time:([\d.]+)ms", re.M)
+WHOLE, NUMBER = r"(\d{1,15})", r"(\d{1,15}(?:\.\d+)?)"  # bounded: int() refuses thousands of digits
+STEP = re.compile(rf"^step:{WHOLE}/\d+ .*?train_time:{NUMBER}ms(?: step_avg:{NUMBER}ms)?", re.M)
+SCORE = re.compile(rf"^(?!step:)(\w+) val_loss:{NUMBER} val_bpb:{NUMBER}(.*)$", re.M)
+STAGE_MS = re.compile(rf"^(?!step:|DIAGNOSTIC)\w+ val_loss:.*eval_time:{NUMBER}ms", re.M)
 RULE = re.compile(r"^={20,}$", re.M)  # other scripts' logs have one behind the source and one behind the versions
 PAIR = re.compile(r"(\w+):(.*?)(?= \w+:|$)", re.M)
 MEASURED = re.compile(r"time:|warmup_step:|stall:")  # lines before the first step that hold no setting
@@ -197,11 +205,11 @@ def run_of_text(path: Path, whole: str) -> SeedRun:
     exact = [name for name in scores if name.endswith("_exact")] or [*scores]
     name = FINAL if own else (exact or [""])[-1]
     val_loss, val_bpb, rest = scores.get(name, (None, None, ""))
-    calibrated_s, stages_ms = last(r"^calibration .*train_and_calibration:([\d.]+)s"), STAGE_MS.findall(log)
-    eval_s = last(r"^evaluation total:([\d.]+)s") or (str(sum(map(float, stages_ms)) / 1000) if stages_ms else None)
-    masses = re.findall(r"^final_mixed.* mass:([\d.]+)", log, re.M)
+    calibrated_s, stages_ms = last(rf"^calibration .*train_and_calibration:{NUMBER}s"), STAGE_MS.findall(log)
+    eval_s = last(rf"^evaluation total:{NUMBER}s") or (str(sum(map(float, stages_ms)) / 1000) if stages_ms else None)
+    masses = re.findall(rf"^final_mixed.* mass:{NUMBER}", log, re.M)
     settings = settings_of_text(log, bool(own))
-    seed = settings.get("seed") or last(r"^seed:(\d+)") or "".join(re.findall(r"seed_?(\d+)", path.stem)[-1:])
+    seed = last(rf"^(?:config .*)?\bseed:{WHOLE}\b") or "".join(re.findall(rf"seed_?{WHOLE}", path.stem)[-1:])
     return SeedRun(
         path=path, finished=val_bpb is not None and (not own or log.rstrip().split("\n")[-1].startswith(FINAL)),
         seed=int(seed) if seed else None, val_loss=val_loss, val_bpb=val_bpb,
@@ -209,15 +217,15 @@ def run_of_text(path: Path, whole: str) -> SeedRun:
         valid=True if "valid:True" in rest else False if "valid:False" in rest else None,
         mass_error=max((abs(float(mass) - 1) for mass in masses), default=None), partial="partial" in rest,
         text=dict(
-            targets=whole_number(r"^validation targets:(\d+)") or whole_number(r"^val_loader:.* tokens:(\d+)"),
-            bytes=whole_number(r"^validation targets:\d+ bytes:(\d+)"), digest=last(r"^validation .*digest:(\w+)"),
+            targets=whole_number(rf"^validation targets:{WHOLE}") or whole_number(rf"^val_loader:.* tokens:{WHOLE}"),
+            bytes=whole_number(rf"^validation targets:\d+ bytes:{WHOLE}"), digest=last(r"^validation .*digest:(\w+)"),
         ),
         steps=int(step) if step else None, step_avg_ms=float(step_avg_ms) if step_avg_ms else None,
         train_s=float(calibrated_s) if calibrated_s else float(train_ms) / 1000 if train_ms else None,
         eval_s=float(eval_s) if eval_s else None,
-        artifact_bytes=whole_number(r"^Serialized model.*: (\d+) bytes"),
-        code_bytes=whole_number(r"^Code size: (\d+) bytes"),
-        total_bytes=whole_number(r"^Total submission size.*: (\d+) bytes"),
+        artifact_bytes=whole_number(rf"^Serialized model.*: {WHOLE} bytes"),
+        code_bytes=whole_number(rf"^Code size: {WHOLE} bytes"),
+        total_bytes=whole_number(rf"^Total submission size.*: {WHOLE} bytes"),
         settings=[settings] if settings else [], environment=dict(PAIR.findall(last(r"^environment (.*)$") or "")),
         scoring=last(r"^track:(\w+)") or "", sources=sources or None,
     )  # fmt: skip
@@ -231,7 +239,7 @@ def settings_of_text(log: str, own: bool) -> dict[str, Any]:
         before = "\n".join(re.findall(r"^config (.*)$", before, re.M)[:1])
     lines = [line for line in before.splitlines() if not MEASURED.search(line)]
     settings: dict[str, Any] = dict(PAIR.findall("\n".join(lines)))
-    if "vocab_size" not in settings and (found := re.search(r"_(\d+)\w*_bpe\.model", before)):
+    if "vocab_size" not in settings and (found := re.search(rf"_{WHOLE}\w*_bpe\.model", before)):
         settings["vocab_size"] = found[1]
     return settings
 

@@ -122,7 +122,7 @@ def run_alone(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("script", ["data/fetch_fineweb.py", "tools/make_submission.py", "tools/build_kg.py"])
+@pytest.mark.parametrize("script", ["data/fetch_fineweb.py", "tools/record.py", "tools/build_kg.py"])
 def test_a_program_starts_with_requirements_txt_alone(script):
     done = run_alone(script, "--help")
     assert (done.returncode, done.stderr) == (0, "")

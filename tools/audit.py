@@ -244,15 +244,20 @@ def make_stages(model: train_gpt.GPT, config: train_gpt.Config) -> list[Stage]:
 
 
 def mixer_stages(sliding: Neural, config: train_gpt.Config, whole: bool = False) -> list[Stage]:
-    """Every mixer on the sliding window: the one in use with its options, the others with their defaults."""
-    stages = []
+    """Every mixer on the sliding window."""
+    mixers = make_mixers(sliding, config, whole)
+    return [Stage(f"sliding+{n}", mixed.score, config.vocab_size, mixed.claims) for n, mixed in mixers.items()]
+
+
+def make_mixers(neural: Neural, config: train_gpt.Config, whole: bool = False) -> dict[str, Mixed]:
+    """Every mixer: the one in use with its options, the others with their defaults."""
+    mixers = {}
     for name in MIXERS:
         own = dataclasses.replace(config, mixer=name)
         if name != config.mixer:
             own = dataclasses.replace(own, ngram_counts="exact", entropy_expert=False)
-        mixed = Mixed(sliding, own, whole)
-        stages.append(Stage(f"sliding+{name}", mixed.score, own.vocab_size, mixed.claims))
-    return stages
+        mixers[name] = Mixed(neural, own, whole)
+    return mixers
 
 
 def shorten(config: train_gpt.Config, num_targets: int) -> train_gpt.Config:
@@ -322,6 +327,21 @@ def check_future(stage: Stage, tokens: np.ndarray, cuts: Sequence[int]) -> Verdi
     if differs is not None:
         return False, f"target {differs} changes when the same tokens are scored again"
     return True, f"{len(cuts)} cuts, three futures each, no bit changes"
+
+
+def check_prefixes(mixed: Mixed, tokens: np.ndarray, lengths: Sequence[int]) -> Verdict:
+    """On the same neural scores a mixer gives the first targets what it gives them where nothing follows.
+
+    Odds or weights of the end may be the same whatever follows, as soon as one side leads by far: this finds them.
+    """
+    logp, entropy = mixed.neural.recall(tokens)
+    whole = mixed.mix(tokens, logp, entropy)
+    for length in lengths:
+        alone = mixed.mix(tokens[: length + 1], logp[:length], entropy[:length])
+        differs = first_difference((whole[:length],), (alone,), length)
+        if differs is not None:
+            return False, f"target {differs} changes when nothing follows the first {length}"
+    return True, f"the first {', '.join(f'{length:,}' for length in lengths)} targets by themselves, no bit changes"
 
 
 class Counterfactual(NamedTuple):
@@ -980,15 +1000,20 @@ def audit_long_streams(report: Report, model: train_gpt.GPT, recipe: train_gpt.C
         ttt_chunk_tokens=int(rng.integers(400, 600)), ttt_batch_seqs=32,
     )  # fmt: skip
 
-    def check(stages: list[Stage], num_targets: int) -> None:
+    def check(stages: list[Stage], num_targets: int) -> np.ndarray:
         tokens = make_stream(zipf_material(config.vocab_size, num_targets, 4), num_targets + 1)
         interview = Interview.draw(tokens, config.vocab_size, effort.long, rng, stated=128)
         for stage in stages:
-            stage = dataclasses.replace(stage, name=f"{stage.name}, {num_targets:,} targets")
-            check_interviews(report, stage, lambda: [interview])
+            named = dataclasses.replace(stage, name=f"{stage.name}, {num_targets:,} targets")
+            check_interviews(report, named, lambda: [interview])
+        return tokens
 
-    many = LONG_TARGETS + int(rng.integers(1000))
-    check(mixer_stages(Neural(model, config, ttt=False), config, whole=True), many)
+    many, short = LONG_TARGETS + int(rng.integers(1000)), rng.integers(SHORTEST, LONGEST_SHORT, 3, endpoint=True)
+    sliding = Neural(model, config, ttt=False)
+    tokens = check(mixer_stages(sliding, config, whole=True), many)
+    for name, mixed in make_mixers(sliding, config, whole=True).items():
+        test = functools.partial(check_prefixes, mixed, tokens, [*sorted(short.tolist()), int(rng.integers(many))])
+        report.add("prefix alone", CAUSAL, f"sliding+{name}, {many:,} targets", test)
     if config.ttt_enabled:
         ttt = Neural(model, config, ttt=True)
         check([Stage("ttt", ttt.score, config.vocab_size, ttt.claims)], effort.ttt_targets + int(rng.integers(500)))

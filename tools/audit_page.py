@@ -12,6 +12,7 @@ ASKED = {
     "counterfactual mass": "Do the stated distributions sum to 1? Is the token that came scored by its entry, and a "
     "token put in its place by the entry of that one, whatever follows?",
     "next token unknown": "A token and what follows are replaced. Does any earlier score change by a bit?",
+    "prefix alone": "Does a mixer give the first targets of a long stream what it gives them where nothing follows?",
     "own target unknown": "Does the entropy of a prediction depend on the token that it predicts?",
     "training after scoring":
     "Each round of test-time training is left out. Does a score change that it must not touch?",

@@ -173,7 +173,8 @@ def test_files_modules_processes_and_networks(small: audit_run.Small, edited: Ed
         "    return honest(*given)"
     )
     (train_gpt.CODE_DIR / "extra.py").write_text("")
-    said, notes = audit_run.watched(small, small.folder / "out")
+    given = {name: Path(os.path.relpath(getattr(small, name))) for name in ("artifact", "tokenizer")}
+    said, notes = audit_run.watched(small._replace(**given), small.folder / "out")
     assert said.returncode == 0, said.errors
     assert judge(said, small)
     assert {Path(note.split()[-1]).name.partition(".")[0] for note in notes.code} == {"extra"}

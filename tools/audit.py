@@ -1,14 +1,17 @@
-"""Check that a score is what it claims to be: black-box tests of train_gpt.py's own scoring, and the contest's limits.
+"""Test whether a score is what it claims to be: train_gpt.py's own scoring as a black box, and the contest's limits.
 
     python tools/audit.py --quick                                    a small model, trained on the spot
     python tools/audit.py --artifact final_model.int6.ptz            that artifact too, under its own settings
-    python tools/audit.py --artifact FILE --data DIR --tokenizer FILE --log logs/RUN.jsonl --json audit.json
+    python tools/audit.py --artifact FILE --data DIR --tokenizer FILE --log logs/RUN.jsonl --html audit.html
     python tools/audit.py --artifact FILE --data DIR --tokenizer FILE --decode --decode-at 0.7 --decode-tokens 200
 
-The scorers get short streams in the place of the validation text, and all lengths are cut to match: context, stride,
-TTT chunk, the blocks between two updates of a mixer, and with them NGRAM_BUCKETS, so that a bucket is as full as it
-would be on the whole split. Every other setting is the artifact's, overridden by variables of the environment as in
-a run (`MIXER=hedge ENTROPY_EXPERT=1 python tools/audit.py`). Without --artifact the recipe's settings apply (RECIPE).
+The scorers get streams in the place of the validation text: short ones, for which all lengths are cut to match
+(context, stride, TTT chunk, the blocks between two updates of a mixer, and with them NGRAM_BUCKETS, so that a bucket is
+as full as it would be on the whole split), long ones, and one with a run's own windows. Every other setting is the
+artifact's, overridden by variables of the environment as in a run (`MIXER=hedge ENTROPY_EXPERT=1 python
+tools/audit.py`). Without --artifact the recipe's settings apply (RECIPE). audit_run.py runs the real command besides.
+What is asked about is drawn anew each time; --seed repeats an audit. docs/validity.md lists the checks, and what no
+test of this kind can see.
 
 --decode does nothing else and cuts nothing: audit_decode.py has a bare process get a stretch of the real validation
 text back from the bits that the run's last score says it takes. The checks test; this proves, for that stretch.
@@ -1126,8 +1129,12 @@ def audit_training(report: Report, rehearsal: Rehearsal) -> bool:
     return True
 
 
-def audit_own_model(report: Report, recipe: train_gpt.Config, effort: Effort) -> None:
-    """All checks on a model trained here, where every token of a small vocabulary can be tried."""
+def audit_own_model(report: Report, recipe: train_gpt.Config, effort: Effort, command_too: bool = True) -> None:
+    """All checks on a model trained here, whose scoring is quick enough for many questions.
+
+    Without `command_too` it is left out of what has been done on a given artifact and its own text: the real command
+    with a run's windows, and decoding.
+    """
     with tempfile.TemporaryDirectory() as folder:
         rehearsal = Rehearsal.prepare(Path(folder), recipe)
         if not audit_training(report, rehearsal):
@@ -1145,6 +1152,8 @@ def audit_own_model(report: Report, recipe: train_gpt.Config, effort: Effort) ->
         decode = functools.partial(decode_document, rehearsal.tokenizer.model)
         audit_accounting(report, validation, decode, model, config)
         audit_file(report, config.artifact_path, config, tokens)
+        if not command_too:
+            return
         audit_decoding(report, config.artifact_path, config, own_source(rehearsal, validation), DECODED)
         shaped, length = run_shape(config, recipe)
         split = rehearsal.documents(seed=9, count=length + 1)
@@ -1247,7 +1256,8 @@ def audit_artifact(report: Report, recipe: train_gpt.Config, arguments: argparse
             report.add("training after scoring", SCORE_FIRST, stage.name, test)
     if given:
         audit_run_shape(report, given, model, effort)
-        source = audit_decode.Source(given.tokens, given.tokenizer, given.text, (arguments.data,))
+        few = given.tokens[: SMALL_TARGETS // 2]  # a part, since each side scores what precedes the stretch
+        source = audit_decode.Source(few, given.tokenizer, given.text, (arguments.data,))
         audit_decoding(report, artifact, given.config, source, (float(report.rng(9).random()), DECODED[1]))
 
 
@@ -1296,7 +1306,7 @@ def audit(arguments: argparse.Namespace) -> Report:
         audit_log(report, recipe, arguments)
     if arguments.artifact:
         audit_artifact(report, recipe, arguments)
-    audit_own_model(report, recipe, QUICK if arguments.quick else FULL)
+    audit_own_model(report, recipe, QUICK if arguments.quick else FULL, command_too=not arguments.data)
     report.findings.sort(key=lambda finding: (finding.condition, finding.check))
     return report
 

@@ -196,7 +196,7 @@ def watched(small: Small, out: Path) -> tuple[Said, Notes]:
     shutil.copy(audit_watch.__file__, folder / "sitecustomize.py")
     notes, code = folder / "notes", [str(path) for path in train_gpt.code_paths()]
     caches = [importlib.util.cache_from_source(path) for path in code]
-    allowed = [*code, *caches, str(small.folder), str(small.artifact), str(small.tokenizer)]
+    allowed = [*code, *caches, *(str(path.absolute()) for path in (small.folder, small.artifact, small.tokenizer))]
     (folder / audit_watch.LIMITS).write_text(json.dumps({"notes": str(notes), "allowed": allowed}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

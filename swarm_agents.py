@@ -112,9 +112,8 @@ class KGWeightAgent(Agent):
     def propose(self, metrics: TrainingMetrics) -> Wish | None:
         progress = metrics.progress
         target = 0.5 if progress < 0.15 else 0.4 if progress < 0.40 else 0.3 if progress < 0.70 else 0.1
-        if metrics.kg_weight > 0.0 and abs(target - metrics.kg_weight) > 0.05:
-            return target, 0.75, f"progress={progress:.2f}, adjusting KG schedule"
-        return None
+        off = metrics.kg_weight > 0.0 and abs(target - metrics.kg_weight) > 0.05
+        return (target, 0.75, f"progress={progress:.2f}, adjusting KG schedule") if off else None
 
 
 class GradientHealthAgent(Agent):
@@ -123,9 +122,8 @@ class GradientHealthAgent(Agent):
     name, parameter = "grad_health_agent", "clip_norm"
 
     def propose(self, metrics: TrainingMetrics) -> Wish | None:
-        if metrics.grad_norm > LARGE_GRAD_NORM and metrics.clip_norm > 0.15:
-            return 0.15, 0.85, f"grad_norm={metrics.grad_norm:.3f}, tighten clipping"
-        return None
+        loose = metrics.grad_norm > LARGE_GRAD_NORM and metrics.clip_norm > 0.15
+        return (0.15, 0.85, f"grad_norm={metrics.grad_norm:.3f}, tighten clipping") if loose else None
 
     def vote(self, motion: Motion) -> Vote:
         proposal, metrics, _ = motion
@@ -142,9 +140,8 @@ class MTPWeightAgent(Agent):
     name, parameter = "mtp_agent", "mtp_weight"
 
     def propose(self, metrics: TrainingMetrics) -> Wish | None:
-        if metrics.progress > 0.75 and metrics.mtp_weight > 0.05:
-            return 0.05, 0.65, "late training, shift focus to primary loss"
-        return None
+        late = metrics.progress > 0.75 and metrics.mtp_weight > 0.05
+        return (0.05, 0.65, "late training, shift focus to primary loss") if late else None
 
 
 class VotingMesh:
@@ -187,11 +184,6 @@ class VotingMesh:
         self._cycles.append((metrics.step, (time.perf_counter_ns() - start_ns) / 1000, motions))
         return [proposal for proposal, _, passed in motions if passed]
 
-    @property
-    def total_us(self) -> float:
-        """Microseconds spent voting so far."""
-        return sum(us for _, us, _ in self._cycles)
-
     def log_lines(self) -> list[str]:
         """Return the log of the cycle just held: a head, then each proposal's outcome and the votes on it."""
         step, us, motions = self._cycles[-1]
@@ -200,6 +192,14 @@ class VotingMesh:
             lines.append(f"  {agent} {name} {old:g}->{new:g} {'passed' if passed else 'rejected'}: {reason}")
             lines += [f"    {voter} {choice} ({conf:.2f}): {why}" for voter, choice, conf, why in votes]
         return lines
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the proposals of the cycle just held, each with the votes on it, for a log that machines read."""
+        (*_, motions), keys = self._cycles[-1], ("vote", "confidence", "reason")
+        return [
+            {**Decision(*made)._asdict(), "passed": passed, "votes": {by: dict(zip(keys, vote)) for by, *vote in votes}}
+            for made, votes, passed in motions
+        ]
 
     def summary(self) -> list[str]:
         """Return the run's decisions in the established format: a head line, then one line a decision."""

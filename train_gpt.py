@@ -156,7 +156,8 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
         log.line(validation.unknown_origin)
     total = int(validation.bytes.sum(dtype=np.int64))
     log.row("validation", validation.note, targets=validation.num_targets, bytes=total, digest=validation.digest[:16])
-    log.row("track:adaptive" if config.ttt_enabled or config.mixer != "none" else "track:fixed_predictor")
+    track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
+    log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
     path = config.artifact_path
     if not config.eval_only:
@@ -187,12 +188,14 @@ def train_artifact(
     if config.resume and state is None:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
     trainer.train(state, source)
-    log.line(runtime.peak_memory_line())
+    line, mib = runtime.peak_memory()
+    log.row("memory", head=line, told=mib)
     trainer.average.apply()
     began = time.perf_counter()
     result = summarize(score_stream(trainer.model, config, runtime, validation, config.eval_seq_len), validation)
     label = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
-    log.row(f"DIAGNOSTIC {label}", result.note, **result.headline(), eval_time_ms=1000 * (time.perf_counter() - began))
+    shown = dict(**result.headline(), eval_time_ms=1000 * (time.perf_counter() - began))
+    log.row("diagnostic", result.note, f"DIAGNOSTIC {label}", {"weights": label}, **shown)
     path = write_artifact(trainer, tokenizer, checkpoints)
     trainer.loader.close()
     return path
@@ -230,24 +233,27 @@ def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, finished: FinishedStages
 ) -> Score:
     """Every evaluation stage of the recipe not finished before a restart; returns the last one's score."""
-    sizes = f"final_{model.config.bits_label}"
+    sizes = f"final_{model.config.bits_label}_"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
-    stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
-        (f"{sizes}_roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
-        (f"{sizes}_sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
+    stages: list[tuple[str, str, Callable[[], TokenScores], dict[str, Any]]] = [
+        (sizes, "roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
+        (sizes, "sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
     if config.ttt_enabled:
         shown = {"epochs": config.ttt_epochs, "chunk": config.ttt_chunk_tokens}
-        stages.append(("legal_ttt", lambda: score_then_adapt(*arguments), shown))
+        stages.append(("legal_", "ttt", lambda: score_then_adapt(*arguments, log), shown))
     result = None
     with finished.stopping_at_once():
-        for index, (name, stage, extra) in enumerate(stages):
+        for index, (prefix, stage, score, extra) in enumerate(stages):
             if index == len(finished.results):
                 began = time.perf_counter()
-                finished.add(stage(), time.perf_counter() - began)
+                finished.add(score(), time.perf_counter() - began)
             total_logp, seconds = finished.results[index]
             result = score_of(total_logp, validation)
-            log_result(log, name, result, seconds, **extra)
+            log_result(log, prefix, stage, result, seconds, **extra)
+            if index == 0:
+                total_s = projected_seconds(config, validation.num_targets, seconds)
+                log.row("evaluation_projected", total_s=total_s, budget_s=STAGE_BUDGET_S)
         mixer, began = make_mixer(config), time.perf_counter()
         if mixer is not None:
             result = log_mixed(mixer, finished.scores, runtime, log, validation)
@@ -257,11 +263,18 @@ def evaluate(
     return result
 
 
-def log_result(log: RunLog, name: str, result: Score, seconds: float, **extra: Any) -> None:
+def projected_seconds(config: Config, num_targets: int, first_s: float) -> float:
+    """Of all stages, if windows cost alike, training on one as much as scoring three, and mixing 2.5 µs a target."""
+    overlap = config.eval_seq_len / config.eval_stride
+    passes = 1 + overlap + config.ttt_enabled * (overlap + 3 * config.ttt_epochs)
+    return first_s * passes + 2.5e-6 * num_targets * (config.mixer != "none")
+
+
+def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: float, **extra: Any) -> None:
     """A stage's two lines: rounded, with its seconds, and exact."""
-    fields = result.headline() | extra
-    log.row(name, result.note, **fields, eval_time_ms=1000 * seconds)
-    log.row(f"{name}_exact", result.note, **fields)
+    fields, told = result.headline() | extra, {"stage": stage}
+    log.row(prefix + stage, result.note, told=told, **fields, eval_time_ms=1000 * seconds)
+    log.row(f"{prefix}{stage}_exact", result.note, told=told, **fields)
 
 
 # 2. Config ------------------------
@@ -1671,7 +1684,7 @@ class Trainer:
             shown["qat"] = int(self.controls.qat)
             if self.crown_q_loss is not None:
                 shown["crown_q"] = self.crown_q_loss.item()
-            self.log.row(f"step:{self.step}/{config.iterations}", **shown)
+            self.log_step("step", **shown)
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
         """Forward, backward and update on global batch `step`. Returns the gradient's global norm."""
@@ -1719,6 +1732,8 @@ class Trainer:
         controls.apply({name: new for (name, old), new in zip(before.items(), agreed) if new != old})
         for line in mesh.log_lines():
             self.log.line(line)
+        for row in mesh.rows():
+            self.log.tell("vote", step=self.step, **row)
 
     def warm_up(self) -> None:
         """Compile every graph by steps with QAT off and on, then undo all that they changed."""
@@ -1759,8 +1774,13 @@ class Trainer:
         self.elapsed_s = self.clock.agreed()[0]
         scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
         result = summarize(scores, self.validation)
-        self.log.row(f"step:{self.step}/{self.config.iterations}", result.note, **result.headline(), **self._timing())
+        self.log_step("step_validation", result.note, **result.headline(), **self._timing())
         self.clock.start()
+
+    def log_step(self, event: str, note: str = "", **fields: Any) -> None:
+        step, steps, tokens = self.step, self.config.iterations, self.step * self.config.train_batch_tokens
+        told = dict(step=step, steps=steps, tokens_per_s=tokens / max(self.elapsed_s, 1e-9))
+        self.log.row(event, note, f"step:{step}/{steps}", told, **fields)
 
     def _timing(self) -> dict[str, Any]:
         return dict(train_time_ms=1000 * self.elapsed_s, step_avg_ms=1000 * self.elapsed_s / max(self.step, 1))
@@ -1955,6 +1975,11 @@ def save_artifact(
         payload = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
         ratio = payload / max(entropy, 1.0)
         log.row("packing", payload=payload, order0_entropy=round(entropy), ratio=ratio, **used.coarseness)
+        # The integers share a code, so each tensor gets of the file what it has of the sum of all packed alone.
+        keys = ([name, f"{name}.levels", f"{name}.scale"] for name in model.plan)
+        alone = [len(pack({key: tensors[key] for key in own if key in tensors})) - len(pack({})) for own in keys]
+        ends = np.rint(np.cumsum([0, *alone]) * (len(packed) / sum(alone))).astype(int)
+        log.tell("tensor_bytes", bytes=dict(zip(model.plan, np.diff(ends).tolist())), codec=model.plan)
     write_artifact_file(path, packed)
     return len(packed)
 
@@ -2036,9 +2061,11 @@ def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     """Log what counts against the limit. Raises ArtifactError, before any evaluation, above it."""
     code = code_bytes()
     total = code + artifact_bytes
-    log.row("artifact_bytes", text=f"Serialized model {label}: {artifact_bytes} bytes", bytes=artifact_bytes)
-    log.row("code_bytes", text=f"Code size: {code} bytes", bytes=code, files=[p.name for p in code_paths()])
-    log.row("total_bytes", text=f"Total submission size {label}: {total} bytes", bytes=total, limit=SIZE_LIMIT_BYTES)
+    log.row("artifact_bytes", "", f"Serialized model {label}: {artifact_bytes} bytes", dict(bytes=artifact_bytes))
+    files = [path.name for path in code_paths()]
+    log.row("code_bytes", "", f"Code size: {code} bytes", dict(bytes=code, files=files))
+    told = dict(bytes=total, limit=SIZE_LIMIT_BYTES)
+    log.row("total_bytes", "", f"Total submission size {label}: {total} bytes", told)
     if total > SIZE_LIMIT_BYTES:
         remedy = f"set FIT_BYTES=1 for coarser integers, or {SMALLER_MODEL}"
         raise ArtifactError(f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; {remedy}")
@@ -2384,7 +2411,9 @@ def score_stream(model: GPT, config: Config, runtime: Runtime, validation: Valid
     return scorer.finish(*scorer.score_all(windows, 0, len(windows.starts)))
 
 
-def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet) -> TokenScores:
+def score_then_adapt(
+    model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, log: RunLog | None = None
+) -> TokenScores:
     """Legal TTT: score a chunk, then train a copy of the model on it, unless it is the last."""
     model = copy.deepcopy(model)
     windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
@@ -2392,15 +2421,22 @@ def score_then_adapt(model: GPT, config: Config, runtime: Runtime, validation: V
     trainer = TestTimeTrainer(model, config, runtime, validation)
     window_ends = np.cumsum(windows.tails)
     chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
-    scores = []
+    scores, so_far = [], np.zeros(2)  # bits and bytes
     for chunk, start in enumerate(chunk_starts):
         stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
         first, last = np.searchsorted(window_ends, (start, stop), side="right")
         trainer.swap_average()
         scores.append(scorer.score_all(windows, int(first), int(last)))
         trainer.swap_average()
+        lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < validation.num_targets else 0.0
+        if log is not None:
+            nats, size = -scores[-1][0].sum(dtype=np.float64), validation.bytes[start:stop].sum(dtype=np.int64)
+            so_far += nats / math.log(2), size
+            bpb, bpb_so_far = nats / math.log(2) / max(size, 1), so_far[0] / max(so_far[1], 1)
+            told = dict(chunk=chunk + 1, chunks=len(chunk_starts), targets=stop, val_loss=nats / (stop - start))
+            log.tell("ttt_chunk", **told, val_bpb=bpb, val_bpb_so_far=bpb_so_far, lr=lr)
         if stop < validation.num_targets:
-            trainer.train_on(scorer, range(start, stop), trainer.learning_rate(chunk, len(chunk_starts)))
+            trainer.train_on(scorer, range(start, stop), lr)
     return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
 
 
@@ -2610,7 +2646,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
     total_logp, mass, worst, gap = runtime.from_main(*sums)
     result = score_of(total_logp, validation, valid=worst <= MASS_TOLERANCE and gap <= GAP_TOLERANCE)
     seconds = time.perf_counter() - began
-    log_result(log, "final_mixed", result, seconds, mass=mass, worst=worst, gap=gap, valid=result.valid)
+    log_result(log, "final_", "mixed", result, seconds, mass=mass, worst=worst, gap=gap, valid=result.valid)
     return result
 
 
@@ -3238,15 +3274,17 @@ class Runtime:
             world_size=self.world_size, device=self.device.type, hardware=name, threads=torch.get_num_threads(),
         )  # fmt: skip
 
-    def peak_memory_line(self) -> str:
+    def peak_memory(self) -> tuple[str, State]:
+        """The log's line, and the same for machines."""
         if self.device.type == "cuda":
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
+            peak, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+            line = f"peak memory allocated: {peak} MiB reserved: {reserved} MiB"
+            return line, dict(peak_mib=peak, reserved_mib=reserved)
         with contextlib.suppress(ImportError):
             resource = importlib.import_module("resource")
-            kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return f"peak memory allocated: {kib >> 10} MiB (process, resident)"
-        return "peak memory allocated: unknown on this system"
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            return f"peak memory allocated: {peak} MiB (process, resident)", dict(peak_mib=peak)
+        return "peak memory allocated: unknown on this system", {}
 
 
 def cpu_name() -> str:
@@ -3300,15 +3338,22 @@ class RunLog:
                 sys.stderr.write(f"warning: cannot write the log {stream.name}: {error.strerror}; the run goes on\n")
             self.failed.add(stream.name)
 
-    def row(self, event: str, note: str = "", text: str = "", **fields: Any) -> None:
-        """One event as `event key:value … note` (or `text`) and as JSON; `train_time_ms=1.0` shows `train_time:1ms`."""
-        if not self.active:
-            return
+    def row(self, event: str, note: str = "", head: str = "", told: State | None = None, **fields: Any) -> None:
+        """One event as `event key:value … note` and as JSON; `train_time_ms=1.0` shows `train_time:1ms`.
+
+        The line begins with `head` where one is given; `told` is for machines alone.
+        """
         digits = 8 if event.endswith("_exact") else 4
-        parts = [event, *(_key_value(name, value, digits) for name, value in fields.items()), note]
-        self.line(text or " ".join(filter(None, parts)))
-        record = {"event": event, **fields} | ({"note": note} if note else {})
-        self._write(self.json_file, json.dumps(record) + "\n")
+        shown = (_key_value(name, value, digits) for name, value in fields.items())
+        self.line(" ".join(filter(None, [head or event, *shown, note])))
+        self.tell(event, **(told or {}), **fields, **({"note": note} if note else {}))
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """One event as JSON alone."""
+        if self.active:
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+            record = {"event": event, "time": now.replace("+00:00", "Z"), **fields}
+            self._write(self.json_file, json.dumps(record) + "\n")
 
     def progress(self, done: int, total: int, text: str) -> None:
         if self.active:

@@ -141,7 +141,7 @@ def fingerprint(out: Path, artifact: Path | None = None) -> tuple[Any, ...]:
     artifact = artifact or out / "final_model.int6.ptz"
     logs = list((out / "logs").glob("*.jsonl")) if (out / "logs").is_dir() else []
     rows = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
-    losses = {row["event"]: row["train_loss"] for row in rows if "train_loss" in row}
+    losses = {row["step"]: row["train_loss"] for row in rows if "train_loss" in row}
     scores = {row["event"]: (row["val_loss"], row.get("mass")) for row in rows if row["event"].endswith("_exact")}
     return artifact.read_bytes() if artifact.is_file() else None, losses, scores
 

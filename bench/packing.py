@@ -228,7 +228,7 @@ def describe(title: str, levels: Levels, names: list[str]) -> dict[str, Any]:
     count = sum(q.size for q in levels.values())
     print(f"\n{title}: {count:,} levels in {len(levels)} tensors")
     print(
-        f"order-0 entropy: {per_tensor:,.0f} bytes with a histogram a tensor (the bound of the ratios below), ", end=""
+        f"order-0 entropy: {per_tensor:,.0f} bytes with a histogram a tensor (of which the ratios below are), ", end=""
     )
     print(f"{per_role:,.0f} with one for all matrices and one for all tables")
     print(

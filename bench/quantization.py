@@ -62,11 +62,11 @@ def make_config(args: argparse.Namespace) -> train_gpt.Config:
 def quiet_log(verbose: bool) -> Any:
     """What a Trainer asks of a log: steps go to standard error, everything else nowhere."""
 
-    def row(event: str, note: str = "", **fields: Any) -> None:  # noqa: ARG001 (a log's signature)
+    def row(event: str, *_: Any, **fields: Any) -> None:
         if verbose:
             sys.stderr.write(f"{event} {fields}\n")
 
-    return types.SimpleNamespace(row=row, line=lambda text: None, progress=lambda done, total, text: None)  # noqa: ARG005
+    return types.SimpleNamespace(row=row, tell=row, line=lambda text: None, progress=lambda done, total, text: None)  # noqa: ARG005
 
 
 def soft_round(x: torch.Tensor, sharpness: float) -> torch.Tensor:

@@ -52,7 +52,7 @@ def run_one(name: str, settings: Mapping[str, Any], seed: int, args: argparse.Na
         raise SystemExit(f"{name}, seed {seed}: {process.stderr.strip()}")
     rows = [json.loads(line) for line in (folder / "logs" / "run.jsonl").read_text(encoding="utf-8").splitlines()]
     scores = {row["event"]: row["val_bpb"] for row in rows if "val_bpb" in row}
-    return {"averaged": scores["DIAGNOSTIC post_ema"], "artifact": scores["final_int6_roundtrip_exact"]}
+    return {"averaged": scores["diagnostic"], "artifact": scores["final_int6_roundtrip_exact"]}
 
 
 def run_all(variants: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:

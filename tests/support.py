@@ -85,10 +85,10 @@ def start(environ: dict[str, str], patch: str, tmp_path: Path, nproc: int = 1, r
     return subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, encoding="utf-8")
 
 
-def numbers(rows: Iterable[dict[str, Any]]) -> dict[str, tuple]:
+def numbers(rows: Iterable[dict[str, Any]]) -> dict[int, tuple]:
     """What training computed at each step; of a step taken twice, what it gave the last time."""
     names = ("train_loss", "grad_norm", "lr_scale", "qat")
-    return {row["event"]: tuple(row[name] for name in names) for row in train_rows(rows)}
+    return {row["step"]: tuple(row[name] for name in names) for row in train_rows(rows)}
 
 
 def results(rows: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -619,17 +619,29 @@ def test_what_fits_is_left_alone(fit, full_size):
     assert 0 < packing["payload"] < size
 
 
+def test_bytes_by_tensor_follow_what_each_holds(fit, full_size, larger):
+    """Integers have about their own entropy of the file, whatever else shares the code with them."""
+    shares = next(row["bytes"] for row in fit(full_size)[2] if row["event"] == "tensor_bytes")
+    tensors = train_gpt.quantize(larger.state_dict(), larger.plan, larger.config)
+    assert sum(shares.values()) == full_size
+    for name in train_gpt.BANK_NAMES:
+        _, counts = tensors[f"{name}.levels"].unique(return_counts=True)
+        entropy_bytes = float(-(counts * (counts / counts.sum()).log2()).sum()) / 8
+        assert shares[name] == pytest.approx(entropy_bytes, rel=0.1)
+
+
 @pytest.mark.parametrize(("share", "pruned"), [(0.92, False), (0.7, True)])
 def test_an_artifact_is_made_to_fit_by_clips_and_then_by_pruning(share, pruned, fit, full_size, larger):
     allowed = int(full_size * share)
     path, size, rows = fit(allowed)
     assert 0.97 * allowed < size <= allowed
-    tried, packing = [row for row in rows if row["event"] == "fit_bytes"], rows[-1]
+    tried, (packing, tensors) = [row for row in rows if row["event"] == "fit_bytes"], rows[-2:]
     assert 1 <= len(tried) <= 4
     assert tried[0]["before"] == full_size
     assert tried[-1]["after"] == size
     assert all(row["limit"] == allowed for row in tried)
-    assert packing["event"] == "packing"
+    assert (packing["event"], tensors["event"]) == ("packing", "tensor_bytes")
+    assert sum(tensors["bytes"].values()) == size
     assert packing["clip_std"] == tried[-1]["clip_std"] > 3
     assert (packing["prune_fraction"] > 0) == pruned
     loaded, config, _ = train_gpt.load_artifact(path)

@@ -301,7 +301,7 @@ def log_rows(**changes: float) -> list[dict[str, Any]]:
     """The rows of a run that keeps all limits, but for the changes."""
     values = dict(train_ms=600_060.0, evaluation_s=540.0, ttt_ms=300_000.0, bytes=15_900_000, mass=1.0) | changes
     return [
-        {"event": "step:7000/20000", "train_loss": 2.0, "train_time_ms": values["train_ms"], "step_avg_ms": 85.0},
+        {"event": "step", "step": 7000, "train_loss": 2.0, "train_time_ms": values["train_ms"], "step_avg_ms": 85.0},
         {"event": "calibration", "time_s": changes.get("calibration_s", 0.0)},
         {"event": "total_bytes", "bytes": values["bytes"]},
         {"event": "legal_ttt", "val_bpb": 1.1, "eval_time_ms": values["ttt_ms"]},

@@ -265,7 +265,7 @@ def test_the_demo_summary_says_what_the_log_says(tiny_data, tmp_path, run_main):
     options = dict(ITERATIONS=3, ATTN_BITS=5, MLP_BITS=6, WEIGHT_AVERAGE="none", TTT_ENABLED=0)
     assert run_main(tiny_environ(tiny_data, tmp_path, **options)).returncode == 0
     rows = {row["event"]: row for row in read_events(tmp_path / "logs" / "run.jsonl")}
-    names = ("final_int8_zlib_roundtrip_exact", "DIAGNOSTIC last_weights", "final_int5_6_roundtrip_exact")
+    names = ("final_int8_zlib_roundtrip_exact", "diagnostic", "final_int5_6_roundtrip_exact")
     final, before, after = (rows[name]["val_bpb"] for name in names)
     reached, artifact, compressed = demo_summary.summarize_run(tmp_path)
     assert f" {final:.3f} bits per byte on " in reached

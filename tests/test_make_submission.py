@@ -33,9 +33,9 @@ def write_log(folder: Path, seed: int, change: Callable[[list[dict[str, Any]]], 
     log.row("environment", **runtime.describe(), attention="sdpa")
     log.row("config", **{name: getattr(config, name) for name in train_gpt.Config.__annotations__})
     log.row("validation", targets=62_021_632, bytes=151_069_000, digest="0123456789abcdef")
-    log.row("track:adaptive")
-    log.row("step:7000/20000", train_loss=2.0, train_time_ms=598_000.0, step_avg_ms=85.4)
-    log.row("step:7020/20000", val_loss=2.0, val_bpb=1.2, train_time_ms=599_800.0, step_avg_ms=85.44)
+    log.row("track", track="adaptive")
+    log.row("step", step=7000, train_loss=2.0, train_time_ms=598_000.0, step_avg_ms=85.4)
+    log.row("step_validation", step=7020, val_loss=2.0, val_bpb=1.2, train_time_ms=599_800.0, step_avg_ms=85.44)
     log.row("artifact_bytes", bytes=15_800_000)
     log.row("code_bytes", bytes=150_000)
     log.row("total_bytes", bytes=15_950_000, limit=train_gpt.SIZE_LIMIT_BYTES)
@@ -136,7 +136,7 @@ SPOILT: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], tuple[str, ...]]]
     "empty": (lambda rows: rows.clear(), ("did not finish",)),
     "no versions": (lambda rows: rows.pop(0), ("environment",)),
     "no config": (lambda rows: rows.pop(1), ("config",)),
-    "no steps": (lambda rows: [rows.pop(4), rows.pop(4)], ("step:",)),
+    "no steps": (lambda rows: [rows.pop(4), rows.pop(4)], ("'step",)),
     "other targets": (lambda rows: row_of(rows, "validation").update(targets=5087), ("validation targets=", "5087")),
     "other bytes": (lambda rows: row_of(rows, "validation").update(bytes=77), ("validation bytes=", "has 77")),
     "other text": (lambda rows: row_of(rows, "validation").update(digest="f" * 16), ("digest=", "'ffffffffffffffff'")),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from golden_support import REPO, make_config, tiny_recipe
 from ranks import run_whole
-from support import TINY_VOCAB, Run, event, tiny_environ
+from support import TINY_VOCAB, VAL_TARGETS, Run, event, tiny_environ
 
 import train_gpt
 from train_gpt import RECIPES, Config
@@ -176,6 +176,58 @@ def blob(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def check_documented(run: Run) -> None:
+    """Every row and every field of it stands in the table of docs/log.md."""
+    table = (REPO / "docs" / "log.md").read_text(encoding="utf-8").splitlines()
+    rows = [[set(re.findall(r"`([^`]+)`", cell)) for cell in line.split("|")[1:3]] for line in table if line[:1] == "|"]
+    fields = {name: allowed for names, allowed in rows for name in names}
+    for row in run.events:
+        name = re.sub(r"_exact$", "", re.sub("int[5-8]_(?=r|s)", "int6_", row["event"]))
+        allowed = fields.get(row["event"]) or fields[name]
+        assert row["event"] == "config" or row.keys() <= allowed | {"event", "time", "note"}, row
+
+
+def check_chunks(run: Run, config: Config) -> None:
+    """The scores of the chunks of test-time training make up the whole stage's."""
+    rows = [row for row in run.events if row["event"] == "ttt_chunk"]
+    if not config.ttt_enabled:
+        assert not rows
+        return
+    ends = [min(end, VAL_TARGETS) for end in range(256, VAL_TARGETS + 256, 256)]
+    assert [(row["chunk"], row["chunks"], row["targets"]) for row in rows] == [
+        (number, len(ends), end) for number, end in enumerate(ends, start=1)
+    ]
+    stage = event(run.events, "legal_ttt_exact")
+    nats = [row["val_loss"] * (end - start) for row, start, end in zip(rows, [0, *ends], ends)]
+    assert sum(nats) / VAL_TARGETS == pytest.approx(stage["val_loss"])
+    assert rows[-1]["val_bpb_so_far"] == pytest.approx(stage["val_bpb"])
+    assert rows[0]["val_bpb_so_far"] == pytest.approx(rows[0]["val_bpb"])
+    sizes = [row_nats / math.log(2) / row["val_bpb"] for row, row_nats in zip(rows, nats)]
+    assert sum(sizes) == pytest.approx(event(run.events, "validation")["bytes"])
+    assert rows[0]["lr"] == pytest.approx(config.ttt_lr)
+    assert rows[-1]["lr"] == 0  # nothing is scored after it
+    assert all(row["lr"] > 0 for row in rows[:-1])
+
+
+def check_votes(run: Run) -> None:
+    """A row for each proposal, with what every agent said of it, as the lines have it."""
+    rows = [row for row in run.events if row["event"] == "vote"]
+    made, said = [], []
+    for row in rows:
+        made.append("  {agent} {parameter} {old:g}->{new:g} {0}: {reason}".format(OUTCOME[row["passed"]], **row))
+        for agent, vote in row["votes"].items():
+            said.append("    {} {vote} ({confidence:.2f}): {reason}".format(agent, **vote))
+    lines = run.process.stdout.splitlines()
+    assert [line for line in lines if re.match(r"  \w+ \w+ \S+->", line)] == made
+    assert [line for line in lines if line.startswith("    ")] == said
+    assert len(said) == 4 * len(made)
+    assert {row["step"] for row in rows} <= {4, 8, 12}
+    assert bool(rows) == ("Swarm: " in run.process.stdout)
+
+
+OUTCOME = {True: "passed", False: "rejected"}
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("recipe", NAMES)
 def test_whole_run_at_reduced_size(recipe: str, ranks: int, tiny_data: Path, tmp_path: Path, blob: Path):
@@ -189,5 +241,8 @@ def test_whole_run_at_reduced_size(recipe: str, ranks: int, tiny_data: Path, tmp
     assert ("INVALID" in lines[-1]) == (recipe == "backoff")
     assert event(run.events, "final_int8_zlib_roundtrip_exact")["valid"] == (recipe != "backoff")
     _, config, _ = train_gpt.load_artifact(run.artifact)
+    check_documented(run)
+    check_chunks(run, config)
+    check_votes(run)
     assert config.recipe == recipe
     assert config.vocab_size == TINY_VOCAB

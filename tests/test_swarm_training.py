@@ -18,13 +18,17 @@ import train_gpt
 
 
 class Lines:
-    """A log that keeps its lines."""
+    """A log that keeps its lines and rows."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.rows: list[dict[str, Any]] = []
 
     def line(self, text: str) -> None:
         self.lines.append(text)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        self.rows.append({"event": event, **fields})
 
 
 def trainer_with_graph(**overrides: Any) -> train_gpt.Trainer:
@@ -92,6 +96,8 @@ def test_each_agent_fires_in_a_run_that_the_clock_ends_near_step_7000(step, elap
     assert vars(trainer.controls) == before | expected
     log: Any = trainer.log
     assert log.lines[0].startswith(f"swarm cycle:1 step:{step} proposals:{len(expected)}")
+    assert {row["parameter"]: row["new"] for row in log.rows} == expected
+    assert all((row["event"], row["step"], row["passed"]) == ("vote", step, True) for row in log.rows)
 
 
 def test_token_weights_have_mean_one_over_the_batch_and_follow_the_formula():

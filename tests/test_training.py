@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import io
 import itertools
 import json
@@ -34,9 +35,9 @@ import train_gpt
 from train_gpt import BANK_NAMES, Config, load_artifact
 
 
-def names_of(events: list[dict]) -> list[str]:
-    """What happened, without the numbers of bytes, which follow the last bits of the weights."""
-    return [re.sub(r": \d+ bytes$", "", row["event"]) for row in events]
+def names_of(events: list[dict]) -> list[tuple[str, int | None]]:
+    """What happened, and at which step."""
+    return [(row["event"], row.get("step")) for row in events]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +50,7 @@ def same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 def trajectory(rows: list[dict]) -> list[tuple]:
     """What training computed, without what the clock says."""
-    return [(row["event"], row["train_loss"], row["grad_norm"], row["lr_scale"], row["qat"]) for row in rows]
+    return [(row["step"], row["train_loss"], row["grad_norm"], row["lr_scale"], row["qat"]) for row in rows]
 
 
 @pytest.fixture
@@ -130,8 +131,8 @@ def test_what_must_not_change_training(train, tiny_run: Run, overrides):
     if "WARMUP_STEPS" in overrides:
         assert event(changed, "warmup")["steps"] == 2
     if overrides.get("VAL_LOSS_EVERY"):
-        steps = [row["event"] for row in changed if row["event"].startswith("step:") and "val_bpb" in row]
-        assert steps == [f"step:{step}/20" for step in (3, 6, 9, 12, 15, 18, 20)]
+        steps = [row["step"] for row in changed if row["event"] == "step_validation"]
+        assert steps == [3, 6, 9, 12, 15, 18, 20]
 
 
 @pytest.mark.parametrize("accumulated", [1, 2, 12])
@@ -152,7 +153,7 @@ def check_cap(events: list[dict], cap_ms: float) -> None:
     longest = max(after - before for before, after in itertools.pairwise(times))
     assert cap_ms <= stop["train_time_ms"] <= cap_ms + 1.5 * longest
     assert stop["step"] == len(rows)
-    assert rows[-1]["event"] == f"step:{stop['step']}/1000000"
+    assert (rows[-1]["step"], rows[-1]["steps"]) == (stop["step"], 1_000_000)
     assert times[-2] < cap_ms  # the last step began inside the budget
     assert rows[0]["lr_scale"] == 1
     assert rows[-1]["lr_scale"] < 1  # the schedule ran down by the clock, far from the last iteration
@@ -169,7 +170,7 @@ def test_the_clock_stands_still_while_validating(train, at_line):
     for step in (2, 4):
         at_line(f"step:{step}/6 val_loss:", lambda: time.sleep(0.7))
     events, _ = train(ITERATIONS=6, VAL_LOSS_EVERY=2, MAX_WALLCLOCK_SECONDS=60)
-    assert all(row["train_time_ms"] < 700 for row in events if row["event"].startswith("step:"))
+    assert all(row["train_time_ms"] < 700 for row in events if row["event"] in ("step", "step_validation"))
 
 
 def test_two_ranks_stop_at_the_same_step(tiny_data, tmp_path):
@@ -224,8 +225,9 @@ def test_weight_averages(train):
     labels = dict(ema="post_ema", swa="post_swa", last="last_weights", empty="last_weights")
     for name, overrides in cases.items():
         events, _ = train(**overrides)
-        losses[name] = event(events, f"DIAGNOSTIC {labels[name]}")["val_loss"]
-        last = next(row["val_loss"] for row in events if row["event"] == "step:20/20" and "val_loss" in row)
+        losses[name] = event(events, "diagnostic")["val_loss"]
+        assert event(events, "diagnostic")["weights"] == labels[name]
+        last = next(row["val_loss"] for row in events if row["event"] == "step_validation" and row["step"] == 20)
         assert (losses[name] == last) == (name in ("last", "empty"))
         assert event(events, "final_int6_roundtrip")["val_loss"] == pytest.approx(losses[name], abs=0.02)
     assert losses["last"] == losses["empty"]
@@ -268,14 +270,14 @@ def test_the_artifact_scores_the_same_in_a_bare_new_process(tiny_run: Run, tmp_p
     assert process.returncode == 0, process.stderr
     scored = events_of(environ)
     for name in ("final_int6_roundtrip_exact", "final_int6_sliding_window_exact", "final_int8_zlib_roundtrip_exact"):
-        assert event(scored, name) == event(tiny_run.events, name)
+        assert event(scored, name) | {"time": ""} == event(tiny_run.events, name) | {"time": ""}
     assert not train_rows(scored)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["logs"]
 
 
 def test_a_part_of_the_split_says_so_wherever_a_result_is_shown(train):
     events, folder = train(VAL_TOKENS=500, ITERATIONS=3, VAL_LOSS_EVERY=2)
-    results = [row for row in events if "val_bpb" in row]
+    results = [row for row in events if "val_bpb" in row and row["event"] != "ttt_chunk"]
     assert len(results) == 10
     assert all(row["note"] == "partial" for row in results)
     lines = (folder / "logs" / "run.txt").read_text(encoding="utf-8").split("===== log =====\n")[1].splitlines()
@@ -310,7 +312,7 @@ def test_results_agree_with_each_other(tiny_run: Run):
             assert row["val_bpb"] == pytest.approx(nats_per_byte / math.log(2))
     roundtrip = event(events, "final_int6_roundtrip_exact")
     assert sliding["val_loss"] != roundtrip["val_loss"]
-    assert event(events, "DIAGNOSTIC post_ema")["val_loss"] == pytest.approx(roundtrip["val_loss"], abs=0.02)
+    assert event(events, "diagnostic")["val_loss"] == pytest.approx(roundtrip["val_loss"], abs=0.02)
 
 
 def test_the_ledger_is_what_lies_on_disk(tiny_run: Run):
@@ -391,6 +393,7 @@ LINES = [
     r"Total submission size int6\+zstd: \d+ bytes.*",
     rf"final_int6_roundtrip val_loss:{NUMBER} val_bpb:{NUMBER} eval_time:\d+ms",
     rf"final_int6_roundtrip_exact val_loss:{EXACT} val_bpb:{EXACT}",
+    r"evaluation_projected total:\d+\.\ds budget:600\.0s",
     rf"final_int6_sliding_window val_loss:{NUMBER} val_bpb:{NUMBER} stride:8 eval_time:\d+ms",
     rf"final_int6_sliding_window_exact val_loss:{EXACT} val_bpb:{EXACT} stride:8",
     rf"legal_ttt val_loss:{NUMBER} val_bpb:{NUMBER} epochs:3 chunk:32768 eval_time:\d+ms",
@@ -407,19 +410,29 @@ def test_the_established_lines_are_there_once_each_and_in_order(tiny_run: Run):
     assert found == sorted(found)
 
 
+HEADS: dict[str, str] = {  # how the line of a row begins, where that is not the event's name
+    "track": "track:{track}", "step": "step:{step}/{steps}", "step_validation": "step:{step}/{steps}",
+    "diagnostic": "DIAGNOSTIC {weights}", "memory": "peak memory allocated: {peak_mib} MiB (process, resident)",
+    "artifact_bytes": "Serialized model int6+zstd: {bytes} bytes", "code_bytes": "Code size: {bytes} bytes",
+    "total_bytes": "Total submission size int6+zstd: {bytes} bytes",
+}  # fmt: skip
+UNSAID = ("ttt_chunk", "tensor_bytes", "vote")  # rows for machines alone
+FOR_MACHINES = {"event", "time", "stage", "tokens_per_s", "limit", "files"}
+
+
 def test_jsonl_has_the_numbers_of_the_log(tiny_run: Run):
-    """Every field of every row is in its line, to the digits shown."""
-    lines = iter(tiny_run.process.stdout.splitlines())
+    """Line by line, in its order: every field of every row is in its line, to the digits shown."""
+    lines = [line for line in tiny_run.process.stdout.splitlines() if not line.startswith("note: ")]
+    rows = [row for row in tiny_run.events if row["event"] not in UNSAID]
     compared = 0
-    for row in tiny_run.events:
-        name = row.pop("event")
-        if name in ("artifact_bytes", "code_bytes", "total_bytes"):
-            continue  # their lines keep the established wording; test_the_ledger_is_what_lies_on_disk compares them
-        line = next(line for line in lines if line == name or line.startswith(name + " "))
-        if name == "config":
-            assert row == json.loads(json.dumps(dataclasses.asdict(Config.from_env(tiny_run.environ))))
+    for row, line in zip(rows, lines, strict=True):
+        head = HEADS.get(str(row["event"]), str(row["event"]))
+        assert (line + " ").startswith(head.format(**row) + " ")
+        fields = {key: row[key] for key in row.keys() - FOR_MACHINES - {*re.findall(r"{(\w+)}", head)}}
+        if row["event"] == "config":
+            assert fields == json.loads(json.dumps(dataclasses.asdict(Config.from_env(tiny_run.environ))))
             continue
-        for key, value in row.items():
+        for key, value in fields.items():
             if key == "note" or value is None or isinstance(value, str | bool):
                 assert str(value) in line
                 continue
@@ -429,6 +442,33 @@ def test_jsonl_has_the_numbers_of_the_log(tiny_run: Run):
             assert abs(float(shown[1]) - value) <= 0.501 * 10 ** -len(shown[2])
             compared += 1
     assert compared > 150
+
+
+def test_rows_say_when_they_were_written(tiny_run: Run):
+    times = [row["time"] for row in tiny_run.events]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time) for time in times)
+    assert times == sorted(times)
+    ended = datetime.datetime.fromisoformat(times[-1].replace("Z", "+00:00")).timestamp()
+    assert abs(ended - (tiny_run.out_dir / "logs" / "run.jsonl").stat().st_mtime) < 1  # in UTC, wherever it ran
+
+
+def test_rows_tell_machines_what_their_names_once_did(tiny_run: Run):
+    for row in train_rows(tiny_run.events):
+        assert row["tokens_per_s"] == pytest.approx(row["step"] * 12 * 32 / (row["train_time_ms"] / 1000))
+    stages = [row["stage"] for row in tiny_run.events if row["event"].endswith("_exact") and "stage" in row]
+    assert stages == ["roundtrip", "sliding_window", "ttt"]
+    # A quarter of a window's targets are new and TTT trains on each chunk three times.
+    first_s = event(tiny_run.events, "final_int6_roundtrip")["eval_time_ms"] / 1000
+    assert event(tiny_run.events, "evaluation_projected")["total_s"] == pytest.approx(first_s * (1 + 4 + (4 + 3 * 3)))
+
+
+def test_every_byte_of_the_artifact_belongs_to_a_tensor(tiny_run: Run):
+    row = event(tiny_run.events, "tensor_bytes")
+    model = load_artifact(tiny_run.artifact)[0]
+    assert row["bytes"].keys() == row["codec"].keys() == dict(model.named_parameters()).keys()
+    assert sum(row["bytes"].values()) == tiny_run.artifact.stat().st_size
+    assert min(row["bytes"].values()) > 0
+    assert {row["codec"][name] for name in BANK_NAMES} == {"int6"}
 
 
 def test_sizes_are_numbers_in_the_jsonl(tiny_run: Run):
@@ -466,7 +506,7 @@ def test_no_control_characters_without_a_terminal(tiny_run: Run):
 def test_train_log_every(train):
     """The first ten steps and every n-th after them."""
     events, _ = train(TRAIN_LOG_EVERY=7)
-    assert [row["event"] for row in train_rows(events)] == [f"step:{i}/20" for i in (*range(1, 11), 14)]
+    assert [row["step"] for row in train_rows(events)] == [*range(1, 11), 14]
 
 
 def test_run_id_names_the_files(train, run_main, tiny_data, tmp_path):

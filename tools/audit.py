@@ -550,7 +550,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def check_training_time(rows: Sequence[dict[str, Any]]) -> Verdict:
     """Training, and calibration on training data; the step that meets the limit may end."""
-    steps = [row for row in rows if row["event"].startswith("step:") and "train_time_ms" in row]
+    steps = [row for row in rows if row["event"] in ("step", "step_validation") and "train_time_ms" in row]
     if not steps:
         return True, "the log is of an evaluation alone"
     seconds, step_s = steps[-1]["train_time_ms"] / 1000, steps[-1].get("step_avg_ms", 0.0) / 1000

@@ -50,14 +50,14 @@ def summarize_run(folder: Path) -> list[str]:
     events = read_events(logs[-1])
     if "final_int8_zlib_roundtrip_exact" not in events:
         raise SystemExit(f"{logs[-1]} has no final line: the run did not end; run it again")
-    fields = {name: value for name, value in events["config"].items() if name != "event"}
+    fields = {name: value for name, value in events["config"].items() if name not in ("event", "time")}
     config = train_gpt.Config.from_json(json.dumps(fields))
     final = events["final_int8_zlib_roundtrip_exact"]["val_bpb"]
     text = validation_text(config)
     zstd = 8 * len(zstandard.ZstdCompressor(level=22).compress(text)) / len(text)
     xz = 8 * len(lzma.compress(text, preset=9)) / len(text)
     size = events["artifact_bytes"]["bytes"]
-    before = next(row for name, row in events.items() if name.startswith("DIAGNOSTIC "))["val_bpb"]
+    before = events["diagnostic"]["val_bpb"]
     after = events[f"final_{config.bits_label}_roundtrip_exact"]["val_bpb"]
     return [
         f"Reached: {final:.3f} bits per byte on {len(text):,} bytes of text the model never saw.",

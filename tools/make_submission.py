@@ -31,8 +31,16 @@ SIZE_LIMIT_BYTES = 16_000_000
 BUDGET_S = 600.0
 RECORD_SEEDS = 3
 THRESHOLD_NATS = 0.005  # by which a record has to beat the one before
-STEP = re.compile(r"step:(\d+)/\d+")
+OF_A_STEP = "step|step_validation"
 OF_THE_SEED = ("SEED", "RUN_ID", "OUT_DIR", "RESUME")  # settings that may differ between the runs of a submission
+
+
+def without_values_in_names(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose event has a fixed name; in logs of older code it was `step:7000/20000` or `track:adaptive`."""
+    name, _, value = row["event"].partition(":")
+    if name == "step" and value:
+        return {**row, "event": "step", "step": int(value.partition("/")[0])}
+    return {**row, "event": "track", "track": value} if name == "track" and value else row
 
 
 class SubmissionError(Exception):
@@ -62,7 +70,7 @@ class SeedRun:
                 raise SubmissionError(f"{path}:{number} is no JSON; take the log as the run wrote it") from error
             if not isinstance(row, dict) or not isinstance(row.get("event"), str):
                 raise SubmissionError(f"{path}:{number} is no row of a run's log")
-            rows.append(row)
+            rows.append(without_values_in_names(row))
         run = cls(path, rows)
         if not rows or rows[-1]["event"] != "final_int8_zlib_roundtrip_exact":
             raise SubmissionError(f"{path} does not end in final_int8_zlib_roundtrip_exact: the run did not finish")
@@ -80,14 +88,14 @@ class SeedRun:
         row = next((row for row in self.rows if row["event"] == "config"), None)
         if row is None:
             raise SubmissionError(f"{self.path} has no row 'config'")
-        return {name: value for name, value in row.items() if name != "event"}
+        return {name: value for name, value in row.items() if name not in ("event", "time")}
 
     @property
     def environment(self) -> dict[str, Any]:
         row = next((row for row in self.rows if row["event"] == "environment"), None)
         if row is None:
             raise SubmissionError(f"{self.path} has no row 'environment' (versions and hardware)")
-        return {name: value for name, value in row.items() if name != "event"}
+        return {name: value for name, value in row.items() if name not in ("event", "time")}
 
     @property
     def text(self) -> dict[str, Any]:
@@ -113,8 +121,7 @@ class SeedRun:
         """This seed's entry in submission.json."""
         final = "final_int8_zlib_roundtrip_exact"
         (val_loss, val_bpb), (valid,) = self.numbers(final, "val_loss", "val_bpb"), self.last(final, "valid")
-        train_ms, step_avg_ms = self.numbers(STEP.pattern, "train_time_ms", "step_avg_ms")
-        steps = max(int(found[1]) for row in self.rows if (found := STEP.fullmatch(row["event"])))
+        steps, train_ms, step_avg_ms = self.numbers(OF_A_STEP, "step", "train_time_ms", "step_avg_ms")
         train_s = train_ms / 1000
         if any(row["event"] == "calibration" for row in self.rows):
             (train_s,) = self.numbers("calibration", "train_and_calibration_s")
@@ -218,7 +225,7 @@ def submission(args: argparse.Namespace) -> dict[str, Any]:
         seeds[str(run.config["seed"])] = figures = run.figures()
         check_run(run, figures, record=not args.non_record)
     environment = runs[0].environment
-    tracks = {row["event"].partition(":")[2] for run in runs for row in run.rows if row["event"].startswith("track:")}
+    tracks = {row["track"] for run in runs for row in run.rows if row["event"] == "track"}
     result: dict[str, Any] = dict(
         author=from_git("user.name", "--author", args.author),
         github_id=from_git("github.user", "--github-id", args.github_id),

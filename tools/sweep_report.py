@@ -1,0 +1,159 @@
+"""What finished runs of a sweep say together: means, differences, tests, and a table, JSON and picture of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tools.make_submission import SeedRun, spread
+
+STAGES = {
+    "roundtrip": r"final_int[0-9_]+_roundtrip_exact", "sliding_window": r"final_int[0-9_]+_sliding_window_exact",
+    "ttt": "legal_ttt_exact", "mixed": "final_mixed_exact", "final": "final_int8_zlib_roundtrip_exact",
+}  # fmt: skip
+SAME_TIME = 0.01  # relative difference of training seconds that counts as none
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, which everybody can tell apart
+
+
+def read_figures(path: Path, stage: str) -> dict[str, Any]:
+    """What is compared of a finished run: `val_bpb` of the stage, steps, seconds and bytes.
+
+    Raises SubmissionError for a log that is missing, damaged, not finished, or has no such stage.
+    """
+    run = SeedRun.read(path)
+    figures = run.figures()
+    (figures["val_bpb"],) = run.numbers(STAGES[stage], "val_bpb")
+    names = ("val_bpb", "steps", "train_time_s", "eval_time_s", "bytes_total", "valid")
+    seconds_a_step = figures["train_time_s"] / max(figures["steps"], 1)
+    return {name: figures[name] for name in names} | dict(
+        step_s=seconds_a_step, environment=run.environment, validation=run.text, warmdown=run.config["warmdown_iters"]
+    )
+
+
+def welch_p(values: Sequence[float], baseline: Sequence[float]) -> float | None:
+    """Two-sided p of equal means without the assumption of equal variances; None for fewer than two values a side."""
+    if min(len(values), len(baseline)) < 2:
+        return None
+    if len({*values}) == len({*baseline}) == 1:  # no spread on either side, where the statistic is 0 or infinite
+        return float(values[0] == baseline[0])
+    return float(np.asarray(stats.ttest_ind(values, baseline, equal_var=False))[1])
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Each p corrected for the number of comparisons (Holm's step-down); None stays None and is no comparison."""
+    corrected: list[float | None] = [None] * len(p_values)
+    ordered = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    largest = 0.0
+    for rank, (p, index) in enumerate(ordered):
+        corrected[index] = largest = max(largest, min(1.0, (len(ordered) - rank) * p))
+    return corrected
+
+
+@dataclass
+class Outcome:
+    """The finished runs of one variant, by seed, as `read_figures` has them."""
+
+    name: str
+    settings: Mapping[str, str]
+    seeds: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def values(self, name: str) -> list[float]:
+        """One figure of all seeds."""
+        return [figures[name] for figures in self.seeds.values()]
+
+
+def summarize(outcomes: Sequence[Outcome], baseline: str) -> list[dict[str, Any]]:
+    """A row for each variant that has a finished run, the baseline first, which the others are compared with.
+
+    Figures are means over seeds; `std` is the sample deviation, None for one seed. Without a finished run of the
+    baseline differences and p values are None.
+    """
+    ordered = sorted((each for each in outcomes if each.seeds), key=lambda each: each.name != baseline)
+    base = next((each for each in ordered if each.name == baseline), None)
+    rows: list[dict[str, Any]] = []
+    for each in ordered:
+        row: dict[str, Any] = dict(name=each.name, settings=dict(each.settings), n=len(each.seeds))
+        row |= spread(each.values("val_bpb"))
+        row |= {name: fmean(each.values(name)) for name in ("steps", "step_s", "train_time_s", "bytes_total")}
+        compared = base is not None and each is not base
+        row["difference"] = row["mean"] - fmean(base.values("val_bpb")) if base and compared else None
+        row["welch_p"] = welch_p(each.values("val_bpb"), base.values("val_bpb")) if base and compared else None
+        row["seeds"] = {
+            str(seed): {name: value for name, value in figures.items() if not isinstance(value, dict)}
+            for seed, figures in each.seeds.items()
+        }
+        rows.append(row)
+    for row, p in zip(rows, holm([row["welch_p"] for row in rows])):
+        row["holm_p"] = p
+    return rows
+
+
+def scored_unlike(outcomes: Sequence[Outcome], kind: str) -> list[str]:
+    """Fields of `kind` ("environment", "validation") in which finished runs differ, with the values found."""
+    found: dict[str, set[str]] = {}
+    for figures in (figures for each in outcomes for figures in each.seeds.values()):
+        for name, value in figures[kind].items():
+            found.setdefault(name, set()).add(str(value))
+    return [f"{name}: {' and '.join(sorted(values))}" for name, values in found.items() if len(values) > 1]
+
+
+def _p_text(p: float | None) -> str:
+    return "" if p is None else f"{p:.1g}" if p < 0.001 else f"{p:.3f}"
+
+
+def render_markdown(rows: Sequence[Mapping[str, Any]], stage: str, notes: Sequence[str]) -> str:
+    """The table, and below it what has to be said about it."""
+    lines = [
+        f"| variant | n | val_bpb, {stage} | difference | Welch p | Holm p | steps | ms a step | training s | bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        value = f"{row['mean']:.4f}" + ("" if row["std"] is None else f" ± {row['std']:.4f}")
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        p_values = f"{_p_text(row['welch_p'])} | {_p_text(row['holm_p'])}"
+        time = f"{1000 * row['step_s']:,.1f} | {row['train_time_s']:,.1f}"
+        work = f"{row['steps']:,.0f} | {time} | {row['bytes_total']:,.0f}"
+        lines.append(f"| {row['name']} | {row['n']} | {value} | {difference} | {p_values} | {work} |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def plot(rows: Sequence[Mapping[str, Any]], stage: str, path: Path) -> None:
+    """A dot for each seed and a bar for the mean of every variant, beside the seconds that a step took."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = 1.2 + 0.34 * len(rows)
+    figure, panels = plt.subplots(1, 2, figsize=(9, height), layout="constrained", sharey=True, width_ratios=(2, 1))
+    for axes, name, label in zip(panels, ("val_bpb", "step_s"), (f"bits per byte, {stage}", "seconds a step")):
+        for place, row in enumerate(rows):
+            values = [figures[name] for figures in row["seeds"].values()]
+            colour = BLUE if place else ORANGE
+            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+            axes.plot([fmean(values)], [place], "|", color="black", markersize=16)
+        axes.axvline(fmean([figures[name] for figures in rows[0]["seeds"].values()]), color=ORANGE, linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], stage: str, about: Mapping[str, Any]) -> str:
+    """Write report.md, report.json and report.png into `folder`; returns the Markdown. Raises OSError."""
+    text = render_markdown(rows, stage, about["notes"])
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    content = dict(bench="sweep", stage=stage, variants=list(rows), **about)
+    (folder / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if rows:
+        plot(rows, stage, folder / "report.png")
+    return text

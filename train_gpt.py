@@ -156,8 +156,10 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    sizes = dict(targets=validation.num_targets, bytes=validation.total_bytes)
-    log.row("validation", validation.note, **sizes, digest=validation.digest[:16])
+    log.row(
+        "validation", validation.note, targets=validation.num_targets, bytes=validation.total_bytes,
+        digest=validation.digest[:16],
+    )  # fmt: skip
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
@@ -3352,9 +3354,9 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
     dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
-    chosen = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
-    log.row("machine", **chosen, native_bf16=int(not emulated))
-    return dataclasses.replace(config, **chosen)
+    tokens = config.micro_batch_tokens or int(-negated_tokens)
+    log.row("machine", compute_dtype=dtype, native_bf16=int(not emulated), micro_batch_tokens=tokens)
+    return dataclasses.replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

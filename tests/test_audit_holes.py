@@ -81,7 +81,7 @@ def at_one_in_forty(count: int) -> np.ndarray:
 def unless_sampled(logp: np.ndarray, _: np.ndarray) -> np.ndarray:
     """Honest only where the run writes its distributions down."""
     boosted = logp * 0.9
-    kept = train_gpt.sample_targets(len(logp))
+    kept = train_gpt.sample_targets(len(logp), 0)
     boosted[kept] = logp[kept]
     return boosted
 
@@ -265,10 +265,10 @@ def test_training_on_validation_text_after_step_100(
 def test_training_that_reads_another_file_and_a_slow_clock(
     rehearsal: audit.Rehearsal, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden, now = tmp_path_factory.mktemp("elsewhere") / "hints.npy", train_gpt.Clock._now
+    hidden, now = tmp_path_factory.mktemp("elsewhere") / "hints.npy", train_gpt.Clock.now
     np.save(hidden, np.zeros(3))
     monkeypatch.setattr(train_gpt, "lr_scale_at", lambda *_: float(1 + np.load(hidden)[0]))
-    monkeypatch.setattr(train_gpt.Clock, "_now", lambda self: 0.5 * now(self))
+    monkeypatch.setattr(train_gpt.Clock, "now", lambda self: 0.5 * now(self))
     report = audit.Report()
     audit.audit_training(report, rehearsal)
     assert [finding.check for finding in report.violations] == ["files opened", "training seconds from outside"]

@@ -218,7 +218,7 @@ def test_orders_of_seeds_and_passes_are_unlike_each_other_and_the_order_of_the_f
     count = 5000
     orders = np.array([[shuffled(e * count + i, count, s) for i in range(count)] for s in (1, 2) for e in (0, 1)])
     spread = np.sqrt(1 / count)  # of the correlation of independent orders
-    correlations = np.corrcoef([*orders, np.arange(count)])[np.triu_indices(5, 1)]
+    correlations = np.asarray(np.corrcoef([*orders, np.arange(count)]))[np.triu_indices(5, 1)]
     assert np.abs(correlations).max() < 4 * spread
     steps = np.diff(orders, axis=1)  # neighbours of a batch are no neighbours of the file
     assert (np.abs(steps) < 10).mean() < 0.01

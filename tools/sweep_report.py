@@ -144,6 +144,7 @@ def plot(rows: Sequence[Mapping[str, Any]], stage: str, path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     panels[0].invert_yaxis()
+    figure.suptitle("a dot for each seed, a black bar for the mean; orange: the first row", fontsize="small")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

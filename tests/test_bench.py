@@ -12,11 +12,10 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-from support import TINY_VOCAB, read_events, tiny_environ
+from support import read_events, tiny_environ
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common, mixing_quality, run_all, slope_sweep, small_runs
+from bench import common, mixing_quality, run_all
 from tools import demo_summary, report
 
 REPO = Path(__file__).resolve().parents[1]
@@ -150,9 +149,8 @@ def test_every_job_names_a_script_that_is_there():
     scripts = {path.stem for path in (REPO / "bench").glob("*.py")}
     for jobs in run_all.JOBS.values():
         assert {job.script for job in jobs} <= scripts
-    shared = {"common", "golden", "run_all", "small_runs", "tiny"}
-    studies = {"ablation", "fault_campaign", "gpu_check", "mixing_quality", "mutations", "packing", "quantization"}
-    studies |= {"slope_sweep"}  # which take their own time, as those above
+    shared = {"common", "golden", "run_all", "tiny"}
+    studies = {"fault_campaign", "gpu_check", "mixing_quality", "mutations", "packing", "quantization"}
     assert scripts - shared - studies == {job.script for job in run_all.JOBS["cpu"]}
 
 
@@ -234,31 +232,6 @@ def test_readme_shows_what_the_generator_makes_of_the_committed_results(tmp_path
     monkeypatch.setattr(report, "REPO", tmp_path)
     assert report.main(["--write"]) == 0
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text, "run: python tools/report.py --write"
-
-
-def test_slope_sweep_writes_table_plot_and_figures(tiny_data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("VOCAB_SIZE", str(TINY_VOCAB))
-    argv = ["--data", tiny_data, "--tokenizer", tiny_data / "tokenizer.model", "--out", tmp_path / "runs", "--seeds", 1]
-    argv += ["--steps", 2, "--val-tokens", 300, "--slopes", 0.5, 0.9, "--plot", tmp_path / "p.png"]
-    slope_sweep.main([str(item) for item in [*argv, "--write", tmp_path / "s.json"]])
-    result = json.loads((tmp_path / "s.json").read_text())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
-    assert list(result["bpb"]) == ["0.5", "0.9"]
-    means = [kinds["artifact"]["mean"] for kinds in result["bpb"].values()]
-    assert means[0] != means[1]
-    assert all(1 < mean < 9 for mean in means)
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_slopes_are_compared_by_a_welch_test():
-    values = {"0.3": [1.0, 1.2, 1.1], "0.5": [0.9, 0.95, 0.91], "0.9": [2.0, 2.1, 2.05]}
-    found = {name: {"artifact": small_runs.spread(row)} for name, row in values.items()}
-    p_values = slope_sweep.against_best(found, 3)
-    for name, row in values.items():
-        expected = stats.ttest_ind(row, values["0.5"], equal_var=False)[1]
-        assert p_values[name] == pytest.approx(expected, abs=1e-12), name
-    assert small_runs.spread([1.5]) == {"mean": 1.5, "std": 0.0}
-    assert set(slope_sweep.against_best(found, 1).values()) == {None}
 
 
 def test_the_demo_summary_says_what_the_log_says(tiny_data, tmp_path, run_main, capfd):

@@ -47,7 +47,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(REPO))
 import train_gpt  # noqa: E402
 from bench.common import git_commit  # noqa: E402
-from tools.make_submission import SubmissionError  # noqa: E402
+from tools.record_logs import LogError  # noqa: E402
 from tools.sweep_report import (  # noqa: E402
     SAME_TIME,
     STAGES,
@@ -365,7 +365,7 @@ def outcomes_of(runs: Sequence[Run], stage: str) -> list[Outcome]:
         if run.state == "done":
             try:
                 outcome.seeds[run.seed] = read_figures(run.log, stage)
-            except SubmissionError as error:
+            except LogError as error:
                 run.error = str(error)
     return list(found.values())
 
@@ -526,8 +526,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         args = build_parser().parse_args(argv)
         args.threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
@@ -539,6 +538,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")
         return 143 if interrupt.args else 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
 

@@ -492,7 +492,8 @@ class PieceTable(train_gpt.Tokenizer):
     """A tokenizer made of a list of pieces, with no SentencePiece model behind it; ids 0 to 3 are control tokens."""
 
     def __init__(self, pieces: Sequence[str]):
-        self.pieces = list(pieces)
+        self.pieces, self.strips_all = list(pieces), False
+        self.digest = train_gpt.digest_of("\n".join(pieces))[:16]
         self.is_boundary = np.arange(len(pieces)) < 4
         sizes = [len(piece.removeprefix("▁").encode()) for piece in pieces]
         self.base_bytes = np.where(self.is_boundary, 0, sizes).astype(np.int16)

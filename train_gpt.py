@@ -75,7 +75,7 @@ STAGE_BUDGET_S = 600.0  # the contest's limit for training, and again for evalua
 
 
 class UserError(Exception):
-    """Something the user can put right; its text says what was found, what was expected and what to do."""
+    """Something the user can put right; its text says what was found, what expected, and what to do."""
 
 
 class ConfigError(UserError, ValueError):
@@ -128,8 +128,7 @@ def main(arguments: Sequence[str] = ()) -> int:
                 if isinstance(error, RuntimeError) and "allocate" not in str(error):  # how torch and CUDA put it
                     raise
                 found = str(error).partition("\n")[0]
-                remedy = f"lower MICRO_BATCH_TOKENS to train, EVAL_BATCH_SEQS={config.eval_batch_seqs} to evaluate"
-                raise UserError(f"out of memory ({found:.200}); {remedy}") from error
+                raise UserError(f"out of memory ({found:.200}); lower MICRO_BATCH_TOKENS or EVAL_BATCH_SEQS") from error
             finally:
                 checkpoints.finish()  # what is being written gets its time
     except Stopped as stop:
@@ -219,9 +218,9 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
                 save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        shown: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
-        shown |= dict(artifact=str(config.artifact_path), reused=reused)
-        log.row("quantization", time_s=time.perf_counter() - began, **shown)
+        used = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
+        time_s, artifact = time.perf_counter() - began, str(config.artifact_path)
+        log.row("quantization", time_s=time_s, **used, artifact=artifact, reused=reused)
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -297,8 +296,8 @@ class Config:
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     device: str = choice("auto", "auto: a GPU if there is one", "auto", "cpu", "cuda")
-    attention: str = choice("auto", "auto: the fastest kernel there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
-    compile: bool | None = setting(None, "compile the model; auto: on CUDA only")
+    attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
+    compile: bool | None = setting(None, "auto: on CUDA only")
     compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where native", "auto", "bf16", "fp32")
     join_seconds: float = number(900.0, "how long ranks wait for each other", 1, 1e6)
     checkpoint_seconds: float = number(120.0, "between checkpoints; 0: only at a signal and at the end", 0, 1e7)
@@ -616,7 +615,7 @@ def as_variable(value: Any) -> str:
 
 FLAGS = {"0": False, "false": False, "1": True, "true": True}
 
-# How the text of a field of each annotation is read, and what it may be.
+# Annotation of a field: how its text is read, and what it may be.
 KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {
     "str": (str, "text"),
     "int": (int, "a whole number"),
@@ -817,13 +816,12 @@ class ValidationSet:
         paths = find_shards(folder, "val")
         self.named_tokenizer = named = read_manifest(folder).get("tokenizer_hash")
         if named not in (None, tokenizer.digest):
-            found = f"need tokenizer {named} (manifest.json), not {tokenizer.digest}"
-            raise DataError(f"shards in DATA_PATH={folder} {found}; set TOKENIZER_PATH to theirs")
+            raise DataError(f"DATA_PATH={folder} needs tokenizer {named}, not {tokenizer.digest}; set TOKENIZER_PATH")
         tokens = np.concatenate([read_shard(path) for path in paths])
         check_vocabulary(tokens, config.vocab_size, folder)
         self.partial = 0 < config.val_tokens < len(tokens) - 1
         self.note = "partial" if self.partial else ""
-        self.tokens = tokens[: config.val_tokens + 1] if self.partial else tokens
+        self.tokens = tokens[: config.val_tokens + 1 if self.partial else None]
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
         if self.total_bytes == 0:
@@ -848,16 +846,16 @@ class Tokenizer:
     """How many bytes of text each token of a SentencePiece model stands for.
 
     Over whole documents (BOS, then tokens) they add up to the UTF-8 size of the decoded text. Unknown tokens, whose
-    text is lost, count nothing, and what follows one is taken for a new start.
+    text is lost, count nothing; what follows one is a new start.
     """
 
-    def __init__(self, path: str, vocab_size: int):
-        """Raises DataError, ConfigError (its size)."""
+    def __init__(self, path: str, vocab_size: int, content: bytes | None = None):
+        """`content`: the file's, if read already. Raises DataError, ConfigError (its size)."""
         sentencepiece = require("sentencepiece", "counting the bytes of the validation text")
-        if not os.path.isfile(path):  # false for names that no system can hold
+        if not (content or os.path.isfile(path)):  # false for names that no system can hold
             raise DataError(f"no tokenizer at TOKENIZER_PATH={path}; {MAKE_DATA}")
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=path)
+            self.model = sentencepiece.SentencePieceProcessor(None if content else path, content)
             self.pieces = [self.model.id_to_piece(i) for i in range(self.model.vocab_size())]
         except (RuntimeError, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
             raise DataError(f"TOKENIZER_PATH={path} is not a readable SentencePiece model") from error
@@ -865,8 +863,7 @@ class Tokenizer:
         if len(self.pieces) != vocab_size:
             raise ConfigError(f"TOKENIZER_PATH={path} has {len(self.pieces)} pieces, but VOCAB_SIZE={vocab_size}")
         if problem := self._make_byte_tables():
-            problem += "; train one with data/prepare.py --train-tokenizer"
-            raise DataError(f"{path}: this tokenizer's bytes cannot be counted: {problem}")
+            raise DataError(f"{path}: its bytes cannot be counted: {problem}; try data/prepare.py --train-tokenizer")
 
     def _make_byte_tables(self) -> str:
         """Returns why they are wrong, "" where they are right."""
@@ -915,14 +912,12 @@ def read_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens, uint16 (tokens,). Raises DataError."""
     try:
         size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=256)
+        header = np.fromfile(path, dtype="<i4", count=3)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
-    if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        found = f"{size} bytes that begin with {header[:2].tolist()}, not [{SHARD_MAGIC}, {SHARD_VERSION}]"
-        raise DataError(f"{path} is no token shard ({found}); {MAKE_DATA}")
-    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise DataError(f"{path} is damaged: {header[2]} tokens promised, {size} bytes found; {MAKE_DATA}")
+    found, expected = header[:3].tolist(), [SHARD_MAGIC, SHARD_VERSION, (size - SHARD_HEADER_BYTES) / 2]
+    if found != expected or size < SHARD_HEADER_BYTES:
+        raise DataError(f"{path} is no whole shard: it begins {found}, its {size} bytes need {expected}; {MAKE_DATA}")
     return np.memmap(path, dtype=np.uint8, mode="r")[SHARD_HEADER_BYTES:].view("<u2")
 
 

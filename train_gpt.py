@@ -108,7 +108,7 @@ def require(package: str, purpose: str) -> Any:
 
 
 # 1. Spine ------------------------
-# In: the environment. Out: one score, its log, and the artifact. What the program does is all in these functions.
+# In: the environment. Out: one score, its log, and the artifact. Read these to know what the program does.
 def main(arguments: Sequence[str] = ()) -> int:
     """Returns the exit code: 2 after an error that a user can mend, said in one line; 128 + number after a signal."""
     replace_closed_streams()
@@ -229,7 +229,7 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
 def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, finished: FinishedStages
 ) -> Score:
-    """Every evaluation stage of the recipe not finished before a restart; returns the last one's score."""
+    """The stages of the evaluation not finished before a restart; returns the last one's score."""
     sizes = f"final_{model.config.bits_label}"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
     stages: list[tuple[str, Callable[[], TokenScores], dict[str, int]]] = [
@@ -260,7 +260,7 @@ def evaluate(
 
 
 def log_result(log: RunLog, name: str, result: Score, seconds: float, **extra: Any) -> None:
-    """A stage's two lines: rounded, with its seconds, and exact."""
+    """A stage's two lines: with its seconds, and exact."""
     fields = result.headline() | extra
     log.row(name, result.note, **fields, eval_time_ms=1000 * seconds)
     log.row(f"{name}_exact", result.note, **fields)
@@ -300,7 +300,7 @@ class Config:
     compile: bool | None = setting(None, "auto: on CUDA only")
     compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where native", "auto", "bf16", "fp32")
     join_seconds: float = number(900.0, "how long ranks wait for each other", 1, 1e6)
-    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: only at a signal and at the end", 0, 1e7)
+    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end", 0, 1e7)
     checkpoint_keep: int = number(2, "newest ones of a run that stay on disk", 1, 1000)
     resume: str = setting("", "auto: from the newest whole checkpoint, if any; or a path")
     eval_only: bool = setting(False, "score ARTIFACT without training")
@@ -388,14 +388,14 @@ class Config:
     embed_clip_std: float = number(0.0, "of embeddings, output head and tables", 0, 1000)
     prune_fraction: float = number(0.0, "of a bank's weights, the smallest, become 0", 0, 0.95)
 
-    val_tokens: int = number(0, "first validation targets to score; 0: all", 0, 2**40)
+    val_tokens: int = number(0, "first targets to score; 0: all", 0, 2**40)
     eval_seq_len: int = number(2048, "tokens of a scoring window", 2, 2**20)
     eval_stride: int = number(64, "new targets of a sliding window", 1, 2**20)
     eval_batch_seqs: int = number(32, "windows of one forward pass", 1, 65_536)
     ttt_enabled: bool = setting(False, "score-first test-time training")
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
-    ttt_lr: float = number(0.002, "its learning rate before cosine and ramp", 0, 10)
-    ttt_lr_ramp: float = number(1.0, "factor that it reaches after 30 % of the chunks", 0, 100)
+    ttt_lr: float = number(0.002, "its first learning rate", 0, 10)
+    ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks", 0, 100)
     ttt_momentum: float = number(0.9, "of SGD", 0, 0.9999)
     ttt_epochs: int = number(3, "passes over a scored chunk", 1, 1000)
     ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1, 2**40)
@@ -403,9 +403,9 @@ class Config:
     ttt_scope: str = choice("all", "last: banks of unfrozen blocks, all gains, no tables", "all", "last")
     ttt_batch_seqs: int = number(32, "sequences of one update", 1, 65_536)
     ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: any", 0, 1e6)
-    ttt_byte_weighted: bool = setting(False, "targets weigh as many bytes as they have")
+    ttt_byte_weighted: bool = setting(False, "targets weigh as their bytes")
     ttt_temperature: float = number(1.0, "of a certain prediction; 1: none", 0.9, 1.05)
-    polyak_decay: float = number(0.0, "of the average that scores; 0: no average", 0, 0.999999)
+    polyak_decay: float = number(0.0, "of the average that scores; 0: none", 0, 0.999999)
     mixer: str = choice("none", "of the scores with n-gram counts", "none", "backoff", "backoff-published", "hedge")
     mixer_eta: float = number(0.1, "learning rate of hedge's weights", 0, 100)
     ngram_order: int = number(10, "longest n-gram", 2, 20)
@@ -413,19 +413,19 @@ class Config:
     ngram_buckets: int = number(4_194_304, "of hashed counts", 1, 2**32)
     ngram_block: int = number(8192, "targets that they take in at once", 1, 2**40)
     ngram_min_count: int = number(1, "of a context, for the published rule", 1, LARGE)
-    alpha_base: float = number(0.20, "least share of the n-grams in the published rule", 0, 1)
+    alpha_base: float = number(0.20, "least share of n-grams in the published rule", 0, 1)
     alpha_range: float = number(0.55, "what a high neural entropy adds to it", 0, 1)
     alpha_center: float = number(3.0, "entropy in nats at which it adds half", 0, 100)
     entropy_expert: bool = setting(False, "hedge's fifth as published, no distribution")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
-        """The validated settings. Raises ConfigError: the variable, its value, what is allowed."""
+        """Raises ConfigError: the variable, its value, what is allowed."""
         fields = {each.name.upper(): each for each in dataclasses.fields(cls)}
         _reject_foreign(environ, set(fields))
         recipe = environ.get("RECIPE", cls.recipe)
         if recipe not in RECIPES:
-            raise ConfigError(f"RECIPE={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+            raise ConfigError(f"RECIPE={recipe!r} is none of {', '.join(RECIPES)}")
         given = {each.name: parse(name, environ[name], each.type) for name, each in fields.items() if name in environ}
         values = RECIPES[recipe] | given
         return cls(**prepared_with(values.get("data_path", cls.data_path)) | values).validate()
@@ -447,7 +447,7 @@ class Config:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def validate(self) -> Config:
-        """Returns this config. Raises ConfigError for a value out of its range or at odds with another."""
+        """Returns self. Raises ConfigError for a value out of its range or at odds with another."""
         for each in dataclasses.fields(self):
             self._expect(each.metadata["fits"](getattr(self, each.name)), each.name, allowed_text(each))
         layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
@@ -639,7 +639,7 @@ def parse(variable: str, text: str, kind: object) -> Any:
 
 
 def prepared_with(folder: str) -> dict[str, Any]:
-    """Tokenizer, its size and knowledge graph, where data/prepare.py put them beside the shards."""
+    """Tokenizer, its size and knowledge graph where data/prepare.py put them beside the shards."""
     if not isinstance(vocab_size := read_manifest(folder).get("vocab_size"), int):
         return {}
     files = dict(tokenizer_path=f"{folder}/tokenizer.model", kg_path=f"{folder}/kg_blob.txt")
@@ -669,8 +669,8 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
 
 # 3. Data ------------------------
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation text as
-# targets with the bytes that each stands for. A shard may be damaged, or change while a run reads it: everything is
-# checked before it is used.
+# targets with the bytes that each stands for. Shards may be damaged, or change while a run reads them: all is
+# checked before use.
 MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
@@ -717,7 +717,7 @@ class TokenLoader:
         return ready is not None and ready.exception() is not None
 
     def close(self) -> None:
-        self.reader.shutdown(wait=True, cancel_futures=True)
+        self.reader.shutdown(cancel_futures=True)
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
@@ -759,7 +759,7 @@ class BatchPlan(NamedTuple):
 class TokenStream:
     """All shards of a split as one sequence of tokens, repeated without end."""
 
-    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; every batch is checked when it is read
+    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; a batch is checked when it is read
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
@@ -777,7 +777,7 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start … start+count-1, positions modulo the length: uint16 (count,)."""
-        pieces = [np.empty(0, dtype=np.uint16)]
+        pieces = [np.empty(0, np.uint16)]
         while count > 0:
             start %= len(self)
             index = int(np.searchsorted(self.ends, start, side="right"))
@@ -897,11 +897,11 @@ class Tokenizer:
             stripped = self.has_leading_space & (self.base_bytes == 0)
             for i in np.flatnonzero(stripped[previous[1:]] & self.has_leading_space[targets[1:]]).tolist():
                 starts[i + 1] = starts[i]
-        return self.base_bytes[targets] + (self.has_leading_space[targets] & ~starts).astype(np.int16)
+        return self.base_bytes[targets] + (self.has_leading_space[targets] & ~starts)
 
 
 def find_shards(folder: str, split: str) -> list[Path]:
-    """Shards `*_{split}_*.bin`, sorted. Raises DataError when there are none."""
+    """Sorted. Raises DataError when there are none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin")) if os.path.isdir(folder) else []
     if not paths:
         raise DataError(f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; {MAKE_DATA}")
@@ -912,13 +912,13 @@ def read_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens, uint16 (tokens,). Raises DataError."""
     try:
         size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=3)
+        header = np.fromfile(path, "<i4", 3)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
     found, expected = header[:3].tolist(), [SHARD_MAGIC, SHARD_VERSION, (size - SHARD_HEADER_BYTES) / 2]
     if found != expected or size < SHARD_HEADER_BYTES:
         raise DataError(f"{path} is no whole shard: it begins {found}, its {size} bytes need {expected}; {MAKE_DATA}")
-    return np.memmap(path, dtype=np.uint8, mode="r")[SHARD_HEADER_BYTES:].view("<u2")
+    return np.memmap(path, np.uint8, "r")[SHARD_HEADER_BYTES:].view("<u2")
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> None:

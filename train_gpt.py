@@ -1308,21 +1308,31 @@ def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]
         raise ConfigError(f"ATTENTION={choice} needs CUDA, and this run is on the CPU; use sdpa or auto")
     if choice == "fa3" and not hopper:
         raise ConfigError("ATTENTION=fa3 needs a Hopper GPU; use ATTENTION=auto")
-    for name, package, possible in (("fa3", "flash_attn_interface", hopper), ("fa2", "flash_attn", on_cuda)):
+    packages = (("fa3", "flash_attn_interface", hopper), ("fa3", "kernels", hopper), ("fa2", "flash_attn", on_cuda))
+    problems = []
+    for name, package, possible in packages:
         if possible and choice in ("auto", name):
             try:
                 return name, flash_attention(package)
             except ImportError as error:
-                if choice == name:
-                    raise ConfigError(f"ATTENTION={name} needs the package {package!r}: {error}") from error
+                problems.append(f"{package!r}: {error}")
+    if problems and choice != "auto":
+        raise ConfigError(f"ATTENTION={choice} needs the package {', or '.join(problems)}")
     if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
         return "cudnn", cudnn_attention
     return "sdpa", sdpa_attention
 
 
 def flash_attention(package: str) -> Attention:
-    """FlashAttention of one of its packages. Raises ImportError."""
-    attend = importlib.import_module(package).flash_attn_func
+    """FlashAttention of one of its packages; `kernels` may have it in its cache. Raises ImportError."""
+    module = importlib.import_module(package)
+    if package == "kernels":
+        vars(importlib.import_module("huggingface_hub.constants"))["HF_HUB_OFFLINE"] = True  # nothing is downloaded
+        try:
+            module = module.get_kernel("kernels-community/flash-attn3", revision="v1")
+        except (*MALFORMED, OSError, RuntimeError) as error:
+            raise ImportError(str(error)) from error
+    attend = module.flash_attn_func
 
     def first_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v, causal=True)

@@ -221,7 +221,7 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
                 save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        used = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
+        used: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
         time_s, artifact = time.perf_counter() - began, str(config.artifact_path)
         log.row("quantization", time_s=time_s, **used, artifact=artifact, reused=reused)
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")

@@ -2368,7 +2368,6 @@ def shuffle_bytes(array: np.ndarray, undo: bool = False) -> np.ndarray:
 
 
 def compress(payload: bytes, compressor: str) -> bytes:
-    """At the compressor's highest level."""
     if compressor == "brotli":
         return BROTLI_MAGIC + require("brotli", "COMPRESSOR=brotli").compress(payload, quality=11, lgwin=24)
     zstandard = require("zstandard", "packing the artifact")
@@ -2533,7 +2532,6 @@ class TestTimeTrainer:
         self.averaged, self.trained = ([p.detach() for p in m.parameters() if p.requires_grad] for m in models)
 
     def learning_rate(self, chunk: int, num_chunks: int) -> float:
-        """Cosine over the chunks, times the ramp."""
         cosine = 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
         ramp = 1 + (self.config.ttt_lr_ramp - 1) * min(chunk / (0.3 * num_chunks), 1)
         return self.config.ttt_lr * cosine * ramp
@@ -3747,13 +3745,10 @@ class FinishedStages:
         self.path = checkpoints.folder / f"evaluation_{identity[:16]}.safetensors"
         state = checkpoints.find([self.path] if checkpoints.config.resume and self.path.exists() else [])
         self.results: list[list[float]] = []  # summed logp and seconds of each finished stage
-        self.scores = TokenScores(*[np.zeros(0, np.float32)] * 2)  # of the last one
-        if state is not None:
-            try:
-                self.results = [[float(logp), float(seconds)] for logp, seconds in state["results"]]
-                self.scores = TokenScores(**{name: tensor.numpy() for name, tensor in state["scores"].items()})
-            except MALFORMED as error:
-                raise CheckpointError(f"unexpected content of {self.path} ({error}): remove it") from error
+        self.scores: TokenScores  # of the last one
+        if state is not None:  # what this code wrote: the file's name and seal say so
+            self.results = state["results"]
+            self.scores = TokenScores(**{name: tensor.numpy() for name, tensor in state["scores"].items()})
             checkpoints.log.row("resumed_evaluation", stages=len(self.results))
 
     def add(self, scores: TokenScores, seconds: float) -> None:

@@ -44,13 +44,12 @@ import textwrap
 import threading
 import time
 import traceback
-import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ STAGE_BUDGET_S = 600.0  # the contest's limit for training, and again for evalua
 
 
 class UserError(Exception):
-    """Something the user can put right; its text says what was found, what was expected and what to do."""
+    """Something the user can put right; its text says what was found, what expected, and what to do."""
 
 
 class ConfigError(UserError, ValueError):
@@ -94,16 +93,12 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""
 
 
-class TrainingError(UserError):
-    """Gradients that stay non-finite."""
-
-
 class Stopped(BaseException):  # no library may take it for a failure
     """SIGTERM or SIGINT ended the run, its progress saved; the argument is the signal's number."""
 
 
 def require(package: str, purpose: str) -> Any:
-    """Import an optional package. Raises UserError: which one is missing and for what."""
+    """An optional package. Raises UserError: which one is missing and for what."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -112,10 +107,9 @@ def require(package: str, purpose: str) -> Any:
 
 
 # 1. Spine ------------------------
-# In: the environment. Out: one score, its log, and the artifact. Each function is one screen; to know what the
-# program does it is enough to read these.
+# In: the environment. Out: one score, its log, and the artifact. Read these to know what the program does.
 def main(arguments: Sequence[str] = ()) -> int:
-    """Run as the environment says; errors a user can mend end in one line and exit code 2, signals in 128 + number."""
+    """Returns the exit code: 2 after an error that a user can mend, said in one line; 128 + number after a signal."""
     replace_closed_streams()
     try:
         if [*arguments] in (["--help"], ["-h"]):
@@ -129,11 +123,10 @@ def main(arguments: Sequence[str] = ()) -> int:
             try:
                 run(config, runtime, log, checkpoints)
             except (MemoryError, RuntimeError) as error:
-                if not (isinstance(error, MemoryError) or "allocate" in str(error)):  # how torch and CUDA put it
+                if isinstance(error, RuntimeError) and "allocate" not in str(error):  # how torch and CUDA put it
                     raise
                 found = str(error).partition("\n")[0]
-                remedy = f"lower MICRO_BATCH_TOKENS to train, EVAL_BATCH_SEQS={config.eval_batch_seqs} to evaluate"
-                raise UserError(f"out of memory ({found:.200}); {remedy}") from error
+                raise UserError(f"out of memory ({found:.200}); lower MICRO_BATCH_TOKENS or EVAL_BATCH_SEQS") from error
             finally:
                 checkpoints.finish()  # what is being written gets its time
     except Stopped as stop:
@@ -156,13 +149,11 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    log.row(
-        "validation", validation.note, targets=validation.num_targets, bytes=validation.total_bytes,
-        digest=validation.digest[:16],
-    )  # fmt: skip
+    targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
+    log.row("validation", validation.note, targets=targets, bytes=total, digest=digest[:16])
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
-    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
+    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
     path = config.artifact_path
     if not config.eval_only:
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
@@ -179,7 +170,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
     model.compute_dtype = COMPUTE_DTYPES[config.compute_dtype]
     settings = f"{config.portable().to_json()} {config.compute_dtype} {runtime.world_size}"
-    finished = FinishedStages(checkpoints, digest_of(content, validation.digest, settings, *code_paths()))
+    finished = FinishedStages(checkpoints, digest_of(content, digest, settings, *code_paths()))
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, finished)
     finished.forget()
     log.row("final_int8_zlib_roundtrip_exact", result.note, **result.headline(), valid=result.valid)
@@ -210,9 +201,9 @@ def train_artifact(
 
 
 def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoints) -> Path:
-    """Calibrate, quantize and pack what was trained, unless the run that goes on here has done so already.
+    """Calibrate, quantize and pack what was trained, unless this run did so before: the path of its own artifact.
 
-    The path is that of this run alone; the newest run's artifact is also at ARTIFACT.
+    The newest run's is also at ARTIFACT.
     """
     config, runtime, log, path = trainer.config, trainer.runtime, trainer.log, checkpoints.folder / ARTIFACT_NAME
     checkpoints.finish()
@@ -230,9 +221,9 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
                 save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        shown: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
-        shown |= dict(artifact=str(config.artifact_path), reused=reused)
-        log.row("quantization", time_s=time.perf_counter() - began, **shown)
+        used: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
+        time_s, artifact = time.perf_counter() - began, str(config.artifact_path)
+        log.row("quantization", time_s=time_s, **used, artifact=artifact, reused=reused)
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -241,7 +232,7 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
 def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, finished: FinishedStages
 ) -> Score:
-    """Every evaluation stage of the recipe not finished before a restart; returns the last one's score."""
+    """The stages of the evaluation not finished before a restart; returns the last one's score."""
     sizes = f"final_{model.config.bits_label}_"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
     stages: list[tuple[str, str, Callable[[], TokenScores], dict[str, Any]]] = [
@@ -249,27 +240,24 @@ def evaluate(
         (sizes, "sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
     if config.ttt_enabled:
-        shown = {"epochs": config.ttt_epochs, "chunk": config.ttt_chunk_tokens}
+        shown = dict(epochs=config.ttt_epochs, chunk=config.ttt_chunk_tokens)
         stages.append(("legal_", "ttt", lambda: score_then_adapt(*arguments, log), shown))
-    result = None
     with finished.stopping_at_once():
         for index, (prefix, stage, score, extra) in enumerate(stages):
             if index == len(finished.results):
                 began = time.perf_counter()
                 finished.add(score(), time.perf_counter() - began)
             total_logp, seconds = finished.results[index]
-            result = score_of(total_logp, validation)
-            log_result(log, prefix, stage, result, seconds, **extra)
+            log_result(log, prefix, stage, score_of(total_logp, validation), seconds, **extra)
             if index == 0:
                 total_s = projected_seconds(config, validation.num_targets, seconds)
                 note = "above what the contest allows" if total_s > STAGE_BUDGET_S else ""
                 log.row("evaluation_projected", note, total_s=total_s, budget_s=STAGE_BUDGET_S)
-        mixer, began = make_mixer(config), time.perf_counter()
+        mixer, began, result = make_mixer(config), time.perf_counter(), score_of(finished.results[-1][0], validation)
         if mixer is not None:
             result = log_mixed(mixer, finished.scores, runtime, log, validation)
     total_s = sum(seconds for _, seconds in finished.results) + time.perf_counter() - began
     log.row("evaluation", total_s=total_s, budget_s=STAGE_BUDGET_S)
-    assert result is not None  # there is a first stage
     return result
 
 
@@ -288,13 +276,8 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
 
 
 # 2. Config ------------------------
-# In: environment variables. Out: one frozen object that every later part reads, checked before anything starts.
-# Value = environment variable, else recipe, else the default below.
-def setting(default: Any, meaning: str, allowed: str = "", fits: Callable[[Any], bool] = lambda _: True) -> Any:
-    """A field of Config; `allowed` says which values fit, "": all of its type."""
-    return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, fits=fits))
-
-
+# In: environment variables. Out: one frozen object, checked before anything starts. A value is that of the variable,
+# else of the recipe, else the default below.
 def number(default: float, meaning: str, low: float, high: float) -> Any:
     return setting(default, meaning, f"a value from {low:g} to {high:g}", lambda value: low <= value <= high)
 
@@ -303,27 +286,32 @@ def choice(default: Any, meaning: str, *choices: Any) -> Any:
     return setting(default, meaning, f"one of {', '.join(map(str, choices))}", choices.__contains__)
 
 
+def setting(default: Any, meaning: str, allowed: str = "", fits: Callable[[Any], bool] = lambda _: True) -> Any:
+    """A field of Config; `allowed` says which values fit, "": all of its type."""
+    return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, fits=fits))
+
+
 LARGE = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings; field `matrix_lr` is read from the variable MATRIX_LR."""
+    """All settings; `matrix_lr` is the variable MATRIX_LR."""
 
     recipe: str = setting("swarm", "sets what has no variable of its own", "a recipe's name")
     seed: int = number(1337, "of the first weights", 0, 2**63 - 1)
-    run_id: str = setting("", "name of logs and checkpoints; empty: recipe, seed and digest of the settings")
-    out_dir: str = setting(".", "folder for the artifact, checkpoints/ and logs/")
+    run_id: str = setting("", "of logs and checkpoints; empty: recipe, seed, digest of settings")
+    out_dir: str = setting(".", "of the artifact, checkpoints/ and logs/")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin")
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     device: str = choice("auto", "auto: a GPU if there is one", "auto", "cpu", "cuda")
-    attention: str = choice("auto", "auto: the fastest kernel there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
-    compile: bool | None = setting(None, "compile the model; auto: on CUDA only")
-    compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where it is native", "auto", "bf16", "fp32")
+    attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
+    compile: bool | None = setting(None, "auto: on CUDA only")
+    compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where native", "auto", "bf16", "fp32")
     join_seconds: float = number(900.0, "how long ranks wait for each other", 1, 1e6)
-    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: only at a signal and at the end", 0, 1e7)
-    checkpoint_keep: int = number(2, "newest checkpoints of a run that stay on disk", 1, 1000)
-    resume: str = setting("", "auto: from this run's newest whole checkpoint, if any; or a path")
+    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end", 0, 1e7)
+    checkpoint_keep: int = number(2, "newest ones of a run that stay on disk", 1, 1000)
+    resume: str = setting("", "auto: from the newest whole checkpoint, if any; or a path")
     eval_only: bool = setting(False, "score ARTIFACT without training")
     artifact: str = setting("", "its path; empty: final_model.int6.ptz in OUT_DIR")
 
@@ -332,38 +320,38 @@ class Config:
     model_dim: int = number(512, "width of the residual stream", 8, 8192)
     num_heads: int = number(8, "query heads", 1, 128)
     num_kv_heads: int = number(4, "key and value heads", 1, 128)
-    mlp_mult: float = number(3.0, "width of the MLP, in units of MODEL_DIM", 0.125, 16)
-    leaky_slope: float = number(0.75, "of the squared leaky ReLU; 0: ReLU squared", 0, 1)
-    tie_embeddings: bool = setting(True, "one matrix for token embedding and output head")
-    tied_embed_init_std: float = number(0.005, "standard deviation of the first token embedding", 1e-6, 1)
+    mlp_mult: float = number(3.0, "width of the MLP / MODEL_DIM", 0.125, 16)
+    leaky_slope: float = number(0.75, "of the squared leaky ReLU", 0, 1)
+    tie_embeddings: bool = setting(True, "one matrix for embedding and output head")
+    tied_embed_init_std: float = number(0.005, "of the first token embedding", 1e-6, 1)
     logit_softcap: float = number(30.0, "c in c·tanh(logit / c)", 1, 1000)
-    qk_gain_init: float = number(1.5, "first gain of the queries, learned per head", 0.01, 100)
-    bigram_vocab_size: int = number(2048, "buckets of the hashed token pairs", 2, 2**24)
+    qk_gain_init: float = number(1.5, "first gain of a head's queries", 0.01, 100)
+    bigram_vocab_size: int = number(2048, "buckets of hashed token pairs", 2, 2**24)
     bigram_dim: int = number(128, "width of their table", 1, 4096)
-    bigram_start_bucket: bool = setting(True, "position 0 has a bucket; else token 0 precedes it")
+    bigram_start_bucket: bool = setting(True, "position 0 has its own; else token 0 precedes it")
     zero_init_out: bool = setting(True, "output and down projections start at 0, else small")
-    smear_bos_mask: bool = setting(True, "SmearGate takes nothing across a document's start")
-    parallel_residual_from: int = number(64, "first layer whose attention and MLP read one input", 0, 64)
-    repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run a second time, in their order")
-    repeat_from: float = number(0.4, "share of the training after which they are", 0, 0.95)
-    xsa_last_n: int = number(4, "last layers whose heads give up their own value's direction (XSA)", 0, 64)
+    smear_bos_mask: bool = setting(True, "SmearGate stops at a document's start")
+    parallel_residual_from: int = number(64, "from this layer on attention and MLP read one input", 0, 64)
+    repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run twice")
+    repeat_from: float = number(0.4, "share of the training before that", 0, 0.95)
+    xsa_last_n: int = number(4, "last layers whose heads drop their own value's direction (XSA)", 0, 64)
     rope_dims: int = number(16, "rotated dimensions of a head; 0: all", 0, 512)
     rope_base: float = number(10_000.0, "of the rotary angles", 10, 1e8)
-    rope_train_len: int = number(1024, "longer sequences rescale the base (NTK); 0: never", 0, 2**20)
-    ln_scale: bool = setting(True, "norms of layer i are divided by √(i + 1)")
-    ve_dim: int = number(128, "width of the value embedding's table", 1, 4096)
-    ve_layers: tuple[int, ...] = setting((9, 10), "layers with a value embedding")
+    rope_train_len: int = number(1024, "longer sequences rescale it (NTK); 0: never", 0, 2**20)
+    ln_scale: bool = setting(True, "divides norms of layer i by √(i + 1)")
+    ve_dim: int = number(128, "width of value embeddings", 1, 4096)
+    ve_layers: tuple[int, ...] = setting((9, 10), "layers that have them")
     mtp_num_heads: int = number(0, "heads that predict further ahead in training", 0, 8)
     mtp_loss_weight: float = number(0.1, "of their mean loss", 0, 1)
 
     train_batch_tokens: int = number(786_432, "of one step, over all ranks", 1, 2**30)
-    micro_batch_tokens: int = number(0, "most tokens of a rank's forward pass; 0: what memory allows", 0, 2**30)
-    shuffle: bool = setting(True, "sequences in a random order of all shards; 0: front to back")
+    micro_batch_tokens: int = number(0, "most in a rank's forward pass; 0: what memory allows", 0, 2**30)
+    shuffle: bool = setting(True, "sequences in random order; 0: front to back")
     train_seq_len: int = number(2048, "tokens of a training sequence", 2, 2**20)
     iterations: int = number(20_000, "steps", 1, LARGE)
     max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none", 0, 1e7)
-    warmup_steps: int = number(20, "that compile; then weights and data position are restored", 0, 1000)
-    warmdown_iters: int = number(3700, "last steps, in which the LR scale falls to 0", 0, LARGE)
+    warmup_steps: int = number(20, "that compile and are then undone", 0, 1000)
+    warmdown_iters: int = number(3700, "last steps, in which the LR scale falls", 0, LARGE)
     min_lr: float = number(0.0, "LR scale at the end", 0, 1)
     matrix_lr: float = number(0.027, "of the banks (Muon)", 0, 10)
     tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables", 0, 10)
@@ -374,87 +362,87 @@ class Config:
     muon_momentum_warmup_start: float = number(0.92, "its first value", 0, 0.9999)
     muon_momentum_warmup_steps: int = number(1500, "steps until it is MUON_MOMENTUM", 0, LARGE)
     muon_steps: int = number(5, "Newton–Schulz iterations", 1, 20)
-    muon_eq_rows: bool = setting(False, "rows of the momentum are normalised before them (MuonEq-R)")
-    muon_wd: float = number(0.04, "decoupled weight decay of Muon", 0, 1)
-    adam_wd: float = number(0.04, "decoupled weight decay of AdamW", 0, 1)
+    muon_eq_rows: bool = setting(False, "normalises rows before them (MuonEq-R)")
+    muon_wd: float = number(0.04, "weight decay of Muon", 0, 1)
+    adam_wd: float = number(0.04, "weight decay of AdamW", 0, 1)
     beta1: float = number(0.9, "of AdamW", 0, 0.9999)
     beta2: float = number(0.95, "of AdamW", 0, 0.999999)
     adam_eps: float = number(1e-8, "of AdamW", 1e-20, 1)
-    grad_clip_norm: float = number(0.3, "largest global gradient norm; 0: no clipping", 0, 1e6)
+    grad_clip_norm: float = number(0.3, "largest gradient norm; 0: any", 0, 1e6)
     swarm_enabled: bool = setting(False, "agents vote on QAT, clipping, KG and MTP weight")
     swarm_every: int = number(800, "steps between votes", 1, LARGE)
     kg_enabled: bool = setting(False, "use the knowledge-graph blob")
     kg_init_scale: float = number(0.1, "tok_emb[id] *= 1 + KG_INIT_SCALE · importance", 0, 10)
-    kg_weight: float = number(0.3, "token weight in the loss: 1 + KG_WEIGHT · importance, at mean 1", 0, 1)
-    kg_path: str = setting("", "file with the 976 characters; empty: the blob in kg_data.py")
+    kg_weight: float = number(0.3, "loss weights 1 + KG_WEIGHT · importance, at mean 1", 0, 1)
+    kg_path: str = setting("", "file of the blob; empty: the one in kg_data.py")
     weight_average: str = choice("ema", "of the artifact's weights", "ema", "swa", "none")
     ema_decay: float = number(0.997, "of the EMA, less in the first steps", 0, 0.999999)
     swa_every: int = number(50, "steps between SWA's snapshots", 1, LARGE)
-    swa_start_scale: float = number(0.5, "SWA collects while the LR scale is below this", 0, 1)
-    qat_bits: int = choice(6, "of the banks, in training and artifact; 0: no QAT, 6 in the artifact", 0, 5, 6, 7, 8)
+    swa_start_scale: float = number(0.5, "LR scale below which they begin", 0, 1)
+    qat_bits: int = choice(6, "of the banks; 0: no QAT, 6 in the artifact", 0, 5, 6, 7, 8)
     attn_bits: int = choice(0, "of the attention banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
     mlp_bits: int = choice(0, "of the MLP banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
     embed_bits: int = choice(8, "of embeddings, output head and large tables; 16: fp16", 5, 6, 7, 8, 16)
-    crown_q_lambda: float = number(0.0, "weight of the CROWN-Q penalty while QAT is on; 0: none", 0, 1e12)
-    late_qat_threshold: float = number(0.15, "QAT begins when the LR scale falls below this; 1: at once", 0, 1)
-    val_loss_every: int = number(4000, "steps between validations; 0: only at the end", 0, LARGE)
+    crown_q_lambda: float = number(0.0, "of the CROWN-Q penalty while QAT is on", 0, 1e12)
+    late_qat_threshold: float = number(0.15, "LR scale below which QAT begins; 1: at once", 0, 1)
+    val_loss_every: int = number(4000, "steps between validations; 0: at the end", 0, LARGE)
     train_log_every: int = number(500, "steps between log lines", 1, LARGE)
 
     compressor: str = choice("zstd", "of the artifact", "zstd", "brotli")
-    fit_bytes: bool = setting(True, "quantize an artifact above the limit more coarsely")
+    fit_bytes: bool = setting(True, "coarser integers where the limit is passed")
     quantizer: str = choice("lite", "gptq is calibrated on training data", "lite", "gptq")
     train_reserve_seconds: float = number(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration", 0, 1e7)
-    calibration_tokens: int = number(262_144, "over all ranks, after those of the last step", 1, 2**40)
-    clip_std: float = number(0.0, "banks are clipped at so many row deviations; 0: best quantile", 0, 1000)
-    embed_clip_std: float = number(0.0, "the same for embeddings, output head and tables", 0, 1000)
-    prune_fraction: float = number(0.0, "of a bank, the smallest weights become zero", 0, 0.95)
+    calibration_tokens: int = number(262_144, "over all ranks, after the last step's", 1, 2**40)
+    clip_std: float = number(0.0, "of banks, in row deviations; 0: best quantile", 0, 1000)
+    embed_clip_std: float = number(0.0, "of embeddings, output head and tables", 0, 1000)
+    prune_fraction: float = number(0.0, "of a bank's weights, the smallest, become 0", 0, 0.95)
 
-    val_tokens: int = number(0, "first validation targets to score; 0: all", 0, 2**40)
+    val_tokens: int = number(0, "first targets to score; 0: all", 0, 2**40)
     sample_seed: int = number(0, "of the targets at which mass and gap are checked; 0: by artifact", 0, 2**63 - 1)
     eval_seq_len: int = number(2048, "tokens of a scoring window", 2, 2**20)
     eval_stride: int = number(64, "new targets of a sliding window", 1, 2**20)
     eval_batch_seqs: int = number(32, "windows of one forward pass", 1, 65_536)
     ttt_enabled: bool = setting(False, "score-first test-time training")
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
-    ttt_lr: float = number(0.002, "its learning rate before cosine and ramp", 0, 10)
-    ttt_lr_ramp: float = number(1.0, "factor that the LR's cosine reaches over 30 % of the chunks", 0, 100)
+    ttt_lr: float = number(0.002, "its first learning rate", 0, 10)
+    ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks", 0, 100)
     ttt_momentum: float = number(0.9, "of SGD", 0, 0.9999)
     ttt_epochs: int = number(3, "passes over a scored chunk", 1, 1000)
     ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1, 2**40)
     ttt_freeze_blocks: int = number(2, "first blocks that are not trained", 0, 64)
     ttt_scope: str = choice("all", "last: banks of unfrozen blocks, all gains, no tables", "all", "last")
     ttt_batch_seqs: int = number(32, "sequences of one update", 1, 65_536)
-    ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: no clipping", 0, 1e6)
-    ttt_byte_weighted: bool = setting(False, "targets weigh as many bytes as they have")
+    ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: any", 0, 1e6)
+    ttt_byte_weighted: bool = setting(False, "targets weigh as their bytes")
     ttt_temperature: float = number(1.0, "of a certain prediction; 1: none", 0.9, 1.05)
-    polyak_decay: float = number(0.0, "of the average that scores; 0: no average", 0, 0.999999)
+    polyak_decay: float = number(0.0, "of the average that scores; 0: none", 0, 0.999999)
     mixer: str = choice("none", "of the scores with n-gram counts", "none", "backoff", "backoff-published", "hedge")
     mixer_eta: float = number(0.1, "learning rate of hedge's weights", 0, 100)
     ngram_order: int = number(10, "longest n-gram", 2, 20)
-    ngram_counts: str = choice("exact", "hashed: as published, no probability, labelled INVALID", "exact", "hashed")
+    ngram_counts: str = choice("exact", "hashed: as published, INVALID", "exact", "hashed")
     ngram_buckets: int = number(4_194_304, "of hashed counts", 1, 2**32)
-    ngram_block: int = number(8192, "targets that hashed counts take in at once", 1, 2**40)
-    ngram_min_count: int = number(1, "of a context, before the published rule uses it", 1, LARGE)
-    alpha_base: float = number(0.20, "least share of the n-grams in the published rule", 0, 1)
+    ngram_block: int = number(8192, "targets that they take in at once", 1, 2**40)
+    ngram_min_count: int = number(1, "of a context, for the published rule", 1, LARGE)
+    alpha_base: float = number(0.20, "least share of n-grams in the published rule", 0, 1)
     alpha_range: float = number(0.55, "what a high neural entropy adds to it", 0, 1)
     alpha_center: float = number(3.0, "entropy in nats at which it adds half", 0, 100)
-    entropy_expert: bool = setting(False, "hedge's fifth expert as published, no distribution")
+    entropy_expert: bool = setting(False, "hedge's fifth as published, no distribution")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
-        """The validated settings. Raises ConfigError: the variable, its value, what is allowed."""
-        variables = {each.name.upper(): each for each in dataclasses.fields(cls)}
-        _reject_foreign(environ, set(variables))
+        """Raises ConfigError: the variable, its value, what is allowed."""
+        fields = {each.name.upper(): each for each in dataclasses.fields(cls)}
+        _reject_foreign(environ, set(fields))
         recipe = environ.get("RECIPE", cls.recipe)
         if recipe not in RECIPES:
-            raise ConfigError(f"RECIPE={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-        set_here = [(name, each) for name, each in variables.items() if name in environ]
-        values = RECIPES[recipe] | {each.name: parse(name, environ[name], each.type) for name, each in set_here}
+            raise ConfigError(f"RECIPE={recipe!r} is none of {', '.join(RECIPES)}")
+        given = {each.name: parse(name, environ[name], each.type) for name, each in fields.items() if name in environ}
+        values = RECIPES[recipe] | given
         return cls(**prepared_with(values.get("data_path", cls.data_path)) | values).validate()
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """The config stored in an artifact. Raises ConfigError."""
+        """Raises ConfigError."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -462,21 +450,20 @@ class Config:
         kinds = {each.name: each.type for each in dataclasses.fields(cls)}
         odd = set(kinds).symmetric_difference(values) if isinstance(values, dict) else {type(values).__name__}
         if odd:
-            raise ConfigError(f"the stored config does not have this version's fields; they differ in {sorted(odd)}")
-        texts = {name: as_variable(value) for name, value in values.items()}
-        return cls(**{name: parse(name.upper(), text, kinds[name]) for name, text in texts.items()}).validate()
+            raise ConfigError(f"the stored config has other fields than this version: {sorted(odd)}")
+        return cls(**{name: parse(name.upper(), as_variable(values[name]), kinds[name]) for name in kinds}).validate()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def validate(self) -> Config:
-        """This config, its ranges and combinations checked. Raises ConfigError."""
+        """Returns self. Raises ConfigError for a value out of its range or at odds with another."""
         for each in dataclasses.fields(self):
             self._expect(each.metadata["fits"](getattr(self, each.name)), each.name, allowed_text(each))
         layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
         cap, reserve, hashed = self.max_wallclock_seconds, self.train_reserve_seconds, self.ngram_counts == "hashed"
-        stack, in_stack, repeated = set(range(layers)), f"layers from 0 to {layers - 1}", self.repeat_layers
-        rotated = self.rope_dims or width
+        stack, some_layers, rotated = set(range(layers)), f"layers from 0 to {layers - 1}", self.rope_dims or width
+        embedded, repeated = self.ve_layers, self.repeat_layers
         rules = (
             (self.model_dim % self.num_heads == 0, "model_dim", "a multiple of NUM_HEADS"),
             (width % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -484,9 +471,8 @@ class Config:
             (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "a whole product with MODEL_DIM"),
             (rotated in range(4, width + 1, 2), "rope_dims", f"0 (all) or an even number from 4 to {width}"),
             (self.xsa_last_n <= layers, "xsa_last_n", "at most NUM_LAYERS"),
-            (stack.issuperset(self.ve_layers), "ve_layers", in_stack),
-            (len({*self.ve_layers}) == len(self.ve_layers), "ve_layers", "no layer twice"),
-            (stack.issuperset(repeated), "repeat_layers", in_stack),
+            (len(stack.intersection(embedded)) == len(embedded), "ve_layers", f"different {some_layers}"),
+            (stack.issuperset(repeated), "repeat_layers", some_layers),
             (all(b - a == 1 for a, b in itertools.pairwise(repeated)), "repeat_layers", "neighbours in their order"),
             (self.eval_stride <= self.eval_seq_len, "eval_stride", "at most EVAL_SEQ_LEN"),
             # A shorter chunk would be trained on before all of it is scored.
@@ -499,14 +485,14 @@ class Config:
             (self.mtp_num_heads < seq_len, "mtp_num_heads", "less than TRAIN_SEQ_LEN"),
             (self.train_batch_tokens % seq_len == 0, "train_batch_tokens", "a multiple of TRAIN_SEQ_LEN"),
             (not hashed or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
-            (self.run_id not in (".", "..") and not {*self.run_id} & {*"/\\\0"}, "run_id", "a file's name"),
+            (self.run_id not in (".", "..") and not set(self.run_id) & set("/\\\0"), "run_id", "a file's name"),
         )
         for rule in rules:
             self._expect(*rule)
         return self
 
     def _expect(self, fits: object, name: str, allowed: str) -> None:
-        """Raises ConfigError unless it fits; every other variable that `allowed` names is shown with its value."""
+        """Raises ConfigError unless it fits; variables that `allowed` names are shown with their values."""
         if not fits:
             with_values = re.sub("[A-Z_]{5,}", lambda match: f"{match[0]}={getattr(self, match[0].lower())}", allowed)
             raise ConfigError(f"{name.upper()}={getattr(self, name)!s:.80} cannot be used: expected {with_values}")
@@ -550,28 +536,27 @@ class Config:
     @property
     def bits_label(self) -> str:
         """`int6`, or `int5_6` where attention and MLP differ."""
-        return "int" + "_".join(str(bits) for bits in sorted(set(self.bank_bits.values())))
+        return "int" + "_".join(map(str, sorted(set(self.bank_bits.values()))))
 
     @property
     def artifact_path(self) -> Path:
-        return Path(self.artifact) if self.artifact else Path(self.out_dir) / ARTIFACT_NAME
+        return Path(self.artifact or os.path.join(self.out_dir, ARTIFACT_NAME))
 
 
 PLACE_FIELDS = ("data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id")
 PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_seconds")
-# Fields that begin like this may differ in a resumed run: they do not change what training computes.
+# Fields that begin like this do not change what training computes: they may differ in a resumed run.
 NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
     "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
     "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
 )  # fmt: skip
 
-# What public work has shown to help at any size, and what every small model on a CPU has.
-FRONTIER: dict[str, Any] = dict(
+FRONTIER = dict(  # what public work has shown to help
     qk_gain_init=5.0, min_lr=0.05, muon_eq_rows=True, ema_decay=0.9965, quantizer="gptq", ttt_enabled=True,
     mixer="backoff",
 )  # fmt: skip
-SMALL: dict[str, Any] = dict(
+SMALL = dict(  # for a CPU
     bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_chunk_tokens=8192,
     ttt_batch_seqs=8,
 )  # fmt: skip
@@ -606,7 +591,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
         num_kv_heads=1, ve_layers=(2,), ve_dim=32, xsa_last_n=1, rope_train_len=256, mtp_num_heads=1,
-        train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, iterations=500, warmdown_iters=250,
+        train_seq_len=256, train_batch_tokens=2048, iterations=500, warmdown_iters=250,
         max_wallclock_seconds=80.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85, ema_decay=0.95,
         val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_enabled=True, ttt_epochs=1,
         ttt_freeze_blocks=1, ttt_lr=0.01, mixer="backoff",
@@ -615,7 +600,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def help_text() -> str:
-    """What --help prints: the header's commands, the recipes, and every setting."""
+    """The header's commands, the recipes, and every setting."""
     lines = [*(__doc__ or "").splitlines()[:6], "", "RECIPE sets what has no variable of its own:", ""]
     for name, values in RECIPES.items():
         text = " ".join(f"{key.upper()}={as_variable(value)}" for key, value in values.items())
@@ -640,16 +625,14 @@ def as_variable(value: Any) -> str:
 
 FLAGS = {"0": False, "false": False, "1": True, "true": True}
 
-# How the text of a field of each annotation is read, and what it may be.
+# Annotation of a field: how its text is read, and what it may be.
 KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {
     "str": (str, "text"),
     "int": (int, "a whole number"),
     "float": (float, "a finite number"),
     "bool": (lambda text: FLAGS[text.strip().lower()], "0, 1, true or false"),
     "bool | None": (lambda text: {"auto": None, **FLAGS}[text.strip().lower()], "auto, 0 or 1"),
-    "tuple[int, ...]": (
-        lambda text: tuple(int(part) for part in text.split(",") if part.strip()), "whole numbers with commas between"
-    ),
+    "tuple[int, ...]": (lambda text: tuple(map(int, filter(str.strip, text.split(",")))), "whole numbers with commas"),
 }  # fmt: skip
 
 
@@ -666,14 +649,14 @@ def parse(variable: str, text: str, kind: object) -> Any:
 
 
 def prepared_with(folder: str) -> dict[str, Any]:
-    """The settings that data/prepare.py made shards for: their tokenizer, its size and knowledge graph."""
+    """Tokenizer, its size and knowledge graph where data/prepare.py put them beside the shards."""
     if not isinstance(vocab_size := read_manifest(folder).get("vocab_size"), int):
         return {}
     files = dict(tokenizer_path=f"{folder}/tokenizer.model", kg_path=f"{folder}/kg_blob.txt")
     return dict(vocab_size=vocab_size) | {name: path for name, path in files.items() if os.path.isfile(path)}
 
 
-# Variables of other submissions, and what takes their place here, if anything does.
+# Variables of other submissions, and what takes their place here.
 FOREIGN = dict(
     SWA_ENABLED="WEIGHT_AVERAGE", EMA_ENABLED="WEIGHT_AVERAGE", LAWA_ENABLED="WEIGHT_AVERAGE",
     SWA_START_FRAC="SWA_START_SCALE", SWA_INTERVAL="SWA_EVERY", VE_ENABLED="VE_LAYERS", QAT_ENABLED="QAT_BITS",
@@ -696,8 +679,8 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
 
 # 3. Data ------------------------
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation text as
-# targets with the bytes that each stands for, which turn nats per token into bits per byte. A shard may be damaged or
-# change while a run reads it, so everything is checked before it is used.
+# targets with the bytes that each stands for. Shards may be damaged, or change while a run reads them: all is
+# checked before use.
 MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
@@ -713,8 +696,8 @@ class TokenLoader:
         self.stream, self.config, self.runtime = stream, config, runtime
         self.plan = BatchPlan.of(config, runtime.world_size)
         self.on_cuda = runtime.device.type == "cuda"
-        pins_for = functools.partial(torch.cuda.set_device, runtime.device) if self.on_cuda else None
-        self.reader = ThreadPoolExecutor(1, "loader", pins_for)
+        set_device = functools.partial(torch.cuda.set_device, runtime.device) if self.on_cuda else None
+        self.reader = ThreadPoolExecutor(1, "loader", set_device)  # memory is pinned for a thread's device
         self.ahead: dict[int, Future[Tensor]] = {}  # by step, one at most
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -744,7 +727,7 @@ class TokenLoader:
         return ready is not None and ready.exception() is not None
 
     def close(self) -> None:
-        self.reader.shutdown(wait=True, cancel_futures=True)
+        self.reader.shutdown(cancel_futures=True)
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
@@ -765,7 +748,7 @@ def shuffled(position: int, count: int, seed: int) -> int:
 
 
 class BatchPlan(NamedTuple):
-    """How one global batch is cut: a rank's sequences, in how many equal micro-batches."""
+    """A rank's sequences of a global batch, in how many equal micro-batches."""
 
     rank_seqs: int
     grad_accum_steps: int
@@ -786,7 +769,7 @@ class BatchPlan(NamedTuple):
 class TokenStream:
     """All shards of a split as one sequence of tokens, repeated without end."""
 
-    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; every batch is checked when it is read
+    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; a batch is checked when it is read
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
@@ -797,14 +780,14 @@ class TokenStream:
         self.identity = [shard_identity(path) for path in paths]
         self.modified_ns = [path.stat().st_mtime_ns for path in paths]
         if len(self) < 2:
-            raise DataError(f"the train split in {paths[0].parent} is empty: {len(self)} tokens of 2")
+            raise DataError(f"the train split in {paths[0].parent} is empty")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start … start+count-1, positions modulo the length: uint16 (count,)."""
-        pieces = [np.empty(0, dtype=np.uint16)]
+        pieces = [np.empty(0, np.uint16)]
         while count > 0:
             start %= len(self)
             index = int(np.searchsorted(self.ends, start, side="right"))
@@ -843,31 +826,25 @@ class ValidationSet:
         paths = find_shards(folder, "val")
         self.named_tokenizer = named = read_manifest(folder).get("tokenizer_hash")
         if named not in (None, tokenizer.digest):
-            found = f"need tokenizer {named} (manifest.json), not {tokenizer.digest}"
-            raise DataError(f"shards in DATA_PATH={folder} {found}; set TOKENIZER_PATH to theirs")
+            raise DataError(f"DATA_PATH={folder} needs tokenizer {named}, not {tokenizer.digest}; set TOKENIZER_PATH")
         tokens = np.concatenate([read_shard(path) for path in paths])
         check_vocabulary(tokens, config.vocab_size, folder)
-        if len(tokens) < 2:
-            raise DataError(f"the validation split in {folder} is empty: {len(tokens)} tokens of 2")
         self.partial = 0 < config.val_tokens < len(tokens) - 1
-        self.tokens = tokens[: config.val_tokens + 1] if self.partial else tokens
+        self.note = "partial" if self.partial else ""
+        self.tokens = tokens[: config.val_tokens + 1 if self.partial else None]
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
         if self.total_bytes == 0:
-            raise DataError(f"the validation split in {folder} holds no text, only control tokens")
+            raise DataError(f"the validation split in {folder} holds no text in {len(tokens)} tokens")
         self.digest = digest_of(self.tokens, self.bytes, tokenizer.digest)
 
     @property
     def num_targets(self) -> int:
         return len(self.tokens) - 1
 
-    @property
-    def note(self) -> str:
-        return "partial" if self.partial else ""
-
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """What the programs in data/ wrote of the shards that they put there; {} where they did not."""
+    """What the programs in data/ wrote of their shards; {} where they did not."""
     try:
         manifest = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -879,38 +856,34 @@ class Tokenizer:
     """How many bytes of text each token of a SentencePiece model stands for.
 
     Over whole documents (BOS, then tokens) they add up to the UTF-8 size of the decoded text. Unknown tokens, whose
-    text is lost, count nothing, and what follows one is taken for a new start.
+    text is lost, count nothing; what follows one is a new start.
     """
 
-    strips_all = False  # whether a document loses all leading spaces in decoding, where it loses any
-
-    def __init__(self, path: str, vocab_size: int):
-        """Raises DataError, ConfigError (its size)."""
+    def __init__(self, path: str, vocab_size: int, content: bytes | None = None):
+        """`content`: the file's, if read already. Raises DataError, ConfigError (its size)."""
         sentencepiece = require("sentencepiece", "counting the bytes of the validation text")
-        if not os.path.isfile(path):  # false for names that no system can hold
+        if not (content or os.path.isfile(path)):  # false for names that no system can hold
             raise DataError(f"no tokenizer at TOKENIZER_PATH={path}; {MAKE_DATA}")
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=path)
+            self.model = sentencepiece.SentencePieceProcessor(None if content else path, content)
             self.pieces = [self.model.id_to_piece(i) for i in range(self.model.vocab_size())]
         except (RuntimeError, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
             raise DataError(f"TOKENIZER_PATH={path} is not a readable SentencePiece model") from error
+        self.digest = digest_of("\n".join(self.pieces))[:16]
         if len(self.pieces) != vocab_size:
             raise ConfigError(f"TOKENIZER_PATH={path} has {len(self.pieces)} pieces, but VOCAB_SIZE={vocab_size}")
         if problem := self._make_byte_tables():
-            problem += "; train one with data/prepare.py --train-tokenizer"
-            raise DataError(f"{path}: this tokenizer's bytes cannot be counted: {problem}")
+            raise DataError(f"{path}: its bytes cannot be counted: {problem}; try data/prepare.py --train-tokenizer")
 
     def _make_byte_tables(self) -> str:
         """Returns why they are wrong, "" where they are right."""
         model, space = self.model, self.model.piece_to_id("▁")
         bos = model.bos_id() if model.bos_id() >= 0 else model.piece_to_id("<s>")  # -1 unless of type control
-        if model.is_unknown(bos):
-            return "it has no BOS, the token with id 1 that begins every document"
-        if bos != BOS_ID:
-            return f"BOS has id {bos} where shards have {BOS_ID}"
+        if bos != BOS_ID or model.is_unknown(bos):
+            return f"its token {BOS_ID} is not BOS, with which every document begins"
         if model.is_unknown(space):
             return "it has no piece ▁: a space is unknown, or three byte tokens"
-        # What becomes of spaces at a document's start is seen in what the model decodes.
+        # Whether a document loses a leading space in decoding, and where it does, all of them.
         strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)
         ids = range(len(self.pieces))
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) or i == BOS_ID for i in ids]
@@ -924,26 +897,21 @@ class Tokenizer:
         decoded = len(model.decode(every[1:].tolist()).encode())
         return "" if counted == decoded else f"all its pieces decode to {decoded} bytes, by themselves to {counted}"
 
-    @property
-    def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 over the pieces."""
-        return digest_of("\n".join(self.pieces))[:16]
-
     def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """UTF-8 bytes, int16 (N,), of each target (N,) after its previous token (N,), neighbours in their stream.
 
-        A leading space counts, except where a document starts and the model's decoding strips it.
+        A leading space counts, except where a document starts and decoding strips it.
         """
         starts = self.is_boundary[previous]
         if self.strips_all:  # a space that was stripped leaves the start to the next one
             stripped = self.has_leading_space & (self.base_bytes == 0)
             for i in np.flatnonzero(stripped[previous[1:]] & self.has_leading_space[targets[1:]]).tolist():
                 starts[i + 1] = starts[i]
-        return self.base_bytes[targets] + (self.has_leading_space[targets] & ~starts).astype(np.int16)
+        return self.base_bytes[targets] + (self.has_leading_space[targets] & ~starts)
 
 
 def find_shards(folder: str, split: str) -> list[Path]:
-    """Shards `*_{split}_*.bin`, sorted. Raises DataError when there are none."""
+    """Sorted. Raises DataError when there are none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin")) if os.path.isdir(folder) else []
     if not paths:
         raise DataError(f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; {MAKE_DATA}")
@@ -954,19 +922,17 @@ def read_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens, uint16 (tokens,). Raises DataError."""
     try:
         size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=256)
+        header = np.fromfile(path, "<i4", 3)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        found = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
-        raise DataError(f"{path} is no token shard ({found}; expected magic {SHARD_MAGIC}, version 1); {MAKE_DATA}")
-    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise DataError(f"{path} is damaged: {header[2]} tokens promised, {size} bytes found; {MAKE_DATA}")
-    return np.memmap(path, dtype=np.uint8, mode="r")[SHARD_HEADER_BYTES:].view("<u2")
+    found, expected = header[:3].tolist(), [SHARD_MAGIC, SHARD_VERSION, (size - SHARD_HEADER_BYTES) / 2]
+    if found != expected or size < SHARD_HEADER_BYTES:
+        raise DataError(f"{path} is no whole shard: it begins {found}, its {size} bytes need {expected}; {MAKE_DATA}")
+    return np.memmap(path, np.uint8, "r")[SHARD_HEADER_BYTES:].view("<u2")
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> None:
-    """Raise DataError when a token id has no embedding row."""
+    """Raises DataError for a token id that has no embedding."""
     largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
         raise DataError(f"{source} holds token id {largest}, but VOCAB_SIZE={vocab_size}; use its own tokenizer")
@@ -1342,21 +1308,31 @@ def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]
         raise ConfigError(f"ATTENTION={choice} needs CUDA, and this run is on the CPU; use sdpa or auto")
     if choice == "fa3" and not hopper:
         raise ConfigError("ATTENTION=fa3 needs a Hopper GPU; use ATTENTION=auto")
-    for name, package, possible in (("fa3", "flash_attn_interface", hopper), ("fa2", "flash_attn", on_cuda)):
+    packages = (("fa3", "flash_attn_interface", hopper), ("fa3", "kernels", hopper), ("fa2", "flash_attn", on_cuda))
+    problems = []
+    for name, package, possible in packages:
         if possible and choice in ("auto", name):
             try:
                 return name, flash_attention(package)
             except ImportError as error:
-                if choice == name:
-                    raise ConfigError(f"ATTENTION={name} needs the package {package!r}: {error}") from error
+                problems.append(f"{package!r}: {error}")
+    if problems and choice != "auto":
+        raise ConfigError(f"ATTENTION={choice} needs the package {', or '.join(problems)}")
     if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
         return "cudnn", cudnn_attention
     return "sdpa", sdpa_attention
 
 
 def flash_attention(package: str) -> Attention:
-    """FlashAttention of one of its packages. Raises ImportError."""
-    attend = importlib.import_module(package).flash_attn_func
+    """FlashAttention of one of its packages; `kernels` may have it in its cache. Raises ImportError."""
+    module = importlib.import_module(package)
+    if package == "kernels":
+        vars(importlib.import_module("huggingface_hub.constants"))["HF_HUB_OFFLINE"] = True  # nothing is downloaded
+        try:
+            module = module.get_kernel("kernels-community/flash-attn3", revision="v1")
+        except (*MALFORMED, OSError, RuntimeError) as error:
+            raise ImportError(str(error)) from error
+    attend = module.flash_attn_func
 
     def first_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v, causal=True)
@@ -1708,7 +1684,7 @@ class Trainer:
     def train(self, state: State | None = None, source: str = "") -> None:
         """Train until ITERATIONS or the wallclock cap, from `state` if there is one, validating on the way.
 
-        Raises ConfigError and CheckpointError for a state that is not of this run, TrainingError, Stopped.
+        Raises ConfigError and CheckpointError for a state that is not of this run, UserError, Stopped.
         """
         if state is not None:
             self.resume(state, source)
@@ -1848,7 +1824,7 @@ class Trainer:
     def agree_with_ranks(self) -> tuple[int, bool]:
         """The signal to stop for, or 0, and whether some rank lacks its next batch; the clock is agreed on too.
 
-        Raises TrainingError when too many updates in a row were left out.
+        Raises UserError when too many updates in a row were left out.
         """
         left_s = self.config.training_seconds - self.elapsed_s
         if 0 < left_s < self.SETTLED_S:
@@ -1862,7 +1838,7 @@ class Trainer:
             self.checkpoints.finish()
             last = f"the last good checkpoint is {self.checkpoints.newest or 'none'}"
             problem = f"{self.skipped_in_a_row:.0f} updates in a row had gradients not finite, at step {self.step}"
-            raise TrainingError(f"{problem}: {last}; lower MATRIX_LR or GRAD_CLIP_NORM")
+            raise UserError(f"{problem}: {last}; lower MATRIX_LR or GRAD_CLIP_NORM")
         return int(signalled), bool(batch_failed)
 
     def validate_off_the_clock(self) -> None:
@@ -2392,7 +2368,6 @@ def shuffle_bytes(array: np.ndarray, undo: bool = False) -> np.ndarray:
 
 
 def compress(payload: bytes, compressor: str) -> bytes:
-    """At the compressor's highest level."""
     if compressor == "brotli":
         return BROTLI_MAGIC + require("brotli", "COMPRESSOR=brotli").compress(payload, quality=11, lgwin=24)
     zstandard = require("zstandard", "packing the artifact")
@@ -2557,7 +2532,6 @@ class TestTimeTrainer:
         self.averaged, self.trained = ([p.detach() for p in m.parameters() if p.requires_grad] for m in models)
 
     def learning_rate(self, chunk: int, num_chunks: int) -> float:
-        """Cosine over the chunks, times the ramp."""
         cosine = 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
         ramp = 1 + (self.config.ttt_lr_ramp - 1) * min(chunk / (0.3 * num_chunks), 1)
         return self.config.ttt_lr * cosine * ramp
@@ -3280,12 +3254,12 @@ class Runtime:
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
         """Start summing `full` over ranks into this rank's `shard`; wait on the result before reading it."""
         operation = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
-        return typing.cast(dist.Work, operation(shard, full, async_op=True))
+        return cast(dist.Work, operation(shard, full, async_op=True))
 
     def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
         """Start collecting all ranks' `shard` in `full`."""
         operation = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return typing.cast(dist.Work, operation(full, shard, async_op=True))
+        return cast(dist.Work, operation(full, shard, async_op=True))
 
     def from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
@@ -3771,13 +3745,10 @@ class FinishedStages:
         self.path = checkpoints.folder / f"evaluation_{identity[:16]}.safetensors"
         state = checkpoints.find([self.path] if checkpoints.config.resume and self.path.exists() else [])
         self.results: list[list[float]] = []  # summed logp and seconds of each finished stage
-        self.scores = TokenScores(*[np.zeros(0, np.float32)] * 2)  # of the last one
-        if state is not None:
-            try:
-                self.results = [[float(logp), float(seconds)] for logp, seconds in state["results"]]
-                self.scores = TokenScores(**{name: tensor.numpy() for name, tensor in state["scores"].items()})
-            except MALFORMED as error:
-                raise CheckpointError(f"unexpected content of {self.path} ({error}): remove it") from error
+        self.scores: TokenScores  # of the last one
+        if state is not None:  # what this code wrote: the file's name and seal say so
+            self.results = state["results"]
+            self.scores = TokenScores(**{name: tensor.numpy() for name, tensor in state["scores"].items()})
             checkpoints.log.row("resumed_evaluation", stages=len(self.results))
 
     def add(self, scores: TokenScores, seconds: float) -> None:

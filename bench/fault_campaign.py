@@ -276,7 +276,7 @@ ODD_VALUES = (
 def odd_setting(source: random.Random, environ: dict[str, str]) -> dict[str, str]:
     """One to three variables with values that nobody means."""
     untouched = {"run_id", "out_dir", "device", "resume", "artifact"}
-    names = sorted(set(train_gpt.typing.get_type_hints(train_gpt.Config)) - untouched)
+    names = sorted(set(get_type_hints(train_gpt.Config)) - untouched)
     chosen = {name.upper(): source.choice(ODD_VALUES) for name in source.sample(names, source.choice((1, 1, 2, 3)))}
     if source.random() < 0.1:
         odd = source.choice(("MATRIXLR", "iterations", "ITERATION", "TTT_LRR"))

@@ -44,7 +44,6 @@ azure-cli 2.91.0 MIT train e83b6c3cea91a060f61525deb9e9205f9e3cf5ed8eb0e41f55f9a
 beets 2.14.1 MIT train b25dc7bf8ed093d8b6e043e88013736902c1082c958b81a598af5db5275539a5
 black 26.10.1 MIT train 5f9f83beae62437e060dafd53d7f1fc327e3d3494f74d72ee5c2b73eb90fc4e7
 borgbackup 1.4.5 BSD-3-Clause val 4f9a5fe584c504b15485841236750dea16aa7cd2ddbc4a594e9d2ce5c49c4508
-celery 5.7.0 BSD-3-Clause train 6a5dfcf6662287204f009a02002b9e66c83d4105e47ebabdc7079108772fc6f0
 certbot 5.8.0 Apache-2.0 train a4a2c7b0459bb626b3791ef07b6df26bbb222d2324783ba3e60f76c0933eec87
 cinder 29.0.0 Apache-2.0 train 6372ca98db3d7781031ce5950b44698badd6176db794ff1f74b0621be583429e
 coverage 7.17.4 Apache-2.0 train 25ed180a4fb75b487509a4568acead1de41aefab8bedb06ac1ed5c14223fef97
@@ -110,9 +109,7 @@ trio 0.35.0 MIT/Apache-2.0 train 7efb295c78a0ecd1235c5759e620b5da564ca80d2efcb00
 twisted 26.10.0 MIT train 5f0355403e507fc23ceea85e9dbb4bc59335aabde41dd324e8b8cea180dd38de
 werkzeug 3.1.9 BSD-3-Clause train 55ca7c70a75689be937aa27f8ff4b018f06ff4838fc73045560bf0f5a1291060
 xarray 2026.9.0 Apache-2.0 train 6abc69694c22fa1f0fb2f357ff4e41d88beb4477ed71091f944b7dbf67ed54fe
-ZODB 6.4 ZPL-2.1 train bdc5de730bdc624d1eee0d53d66ad80d58f393080cab5c96e5d7ffeee5dba341
 Zope 6.3 ZPL-2.1 train c75e5d37ab0f0684e0f1693940f3a1d55ad13bdf281bf5e0abe45b7b5e6cc4e2
-zuul 14.3.0 Apache-2.0 train 2ec0f4d7a5699dac543e4f63c3728d34d13e1bb30be126aa787b3a8e69cf8ef0
 """
 INDEX = "https://pypi.org/simple"
 SPLITS = ("train", "val")

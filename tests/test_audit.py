@@ -411,7 +411,7 @@ def test_unusable_input_ends_in_one_line(words: list[str], capsys: pytest.Captur
 def test_violation_ends_in_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(audit, "audit_own_model", lambda *_: None)
+    monkeypatch.setattr(audit, "audit_own_model", lambda *_, **__: None)
     log, out = tmp_path / "run.jsonl", tmp_path / "audit.json"
     log.write_text("".join(json.dumps(row) + "\n" for row in log_rows(evaluation_s=601.0)))
     assert audit.main(["--log", str(log), "--json", str(out)]) == 1

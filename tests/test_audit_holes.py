@@ -78,14 +78,6 @@ def at_one_in_forty(count: int) -> np.ndarray:
 # ---- positions and lengths ---------------------------------------------------------------------------------------
 
 
-def unless_sampled(logp: np.ndarray, _: np.ndarray) -> np.ndarray:
-    """Honest only where the run writes its distributions down."""
-    boosted = logp * 0.9
-    kept = train_gpt.sample_targets(len(logp), 0)
-    boosted[kept] = logp[kept]
-    return boosted
-
-
 def at_few(logp: np.ndarray, _: np.ndarray) -> np.ndarray:
     return np.where(at_one_in_forty(len(logp)), logp * 0.5, logp)
 
@@ -100,11 +92,25 @@ def next_token_at_few(logp: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.where(at_one_in_forty(len(logp)), logp - hint, logp).astype(np.float32)
 
 
-@pytest.mark.parametrize("change", [unless_sampled, at_few, on_short_ones, next_token_at_few])
+@pytest.mark.parametrize("change", [at_few, on_short_ones, next_token_at_few])
 def test_dishonest_at_some_positions_or_lengths(
     on_short_streams: Callable[..., set[str]], monkeypatch: pytest.MonkeyPatch, change: Any
 ) -> None:
     changed_stream(change)(monkeypatch)
+    assert audit.NORMALISED in on_short_streams()
+
+
+def test_honest_only_where_the_run_writes_its_distributions_down(
+    on_short_streams: Callable[..., set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = train_gpt.WindowScorer.finish
+
+    def finish(self: train_gpt.WindowScorer, logp: np.ndarray, entropy: np.ndarray) -> train_gpt.TokenScores:
+        boosted = logp * 0.9
+        boosted[self.samples] = logp[self.samples]
+        return honest(self, boosted, entropy)
+
+    monkeypatch.setattr(train_gpt.WindowScorer, "finish", finish)
     assert audit.NORMALISED in on_short_streams()
 
 

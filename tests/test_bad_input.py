@@ -118,7 +118,7 @@ def test_a_token_id_that_only_the_training_finds(run_main, data, tmp_path, monke
     tokens = np.full(12 * 32 * 10, 270)
     tokens[12 * 32 * 3 + 5] = TINY_VOCAB
     write_shard(data / "tiny_train_000000.bin", tokens)
-    outcome = run_main(tiny_environ(data, tmp_path))
+    outcome = run_main(tiny_environ(data, tmp_path, SHUFFLE=0))
     assert_one_error_line(*outcome, data / "tiny_train_000000.bin", f"token id {TINY_VOCAB}")
     assert "step:1/20 " in outcome.stdout
     assert "step:4/20 " not in outcome.stdout

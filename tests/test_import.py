@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest.mock import patch
 
@@ -120,10 +121,69 @@ def test_flash_attention_is_needed_only_when_asked_for(monkeypatch, choice, pack
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     device = torch.device("cuda", 0)
-    with absent("flash_attn", "flash_attn_interface"):
+    with absent("flash_attn", "flash_attn_interface", "kernels"):
         with pytest.raises(train_gpt.UserError, match=f"needs the package '{package}'"):
             train_gpt.choose_attention(choice, device)
         assert train_gpt.choose_attention("auto", device)[0] == "sdpa"
+
+
+class Kernels(types.ModuleType):
+    """Stands for the package `kernels`: its cache of downloads, what it was asked for, and what it went to fetch."""
+
+    def __init__(self, cached: types.ModuleType | Exception):
+        super().__init__("kernels")
+        self.cached, self.fetched, self.asked = cached, [], []
+        self.hub = types.ModuleType("huggingface_hub.constants")
+        vars(self.hub).update(HF_HUB_OFFLINE=False)
+
+    def get_kernel(self, repository: str, **_: object) -> types.ModuleType:
+        self.asked.append(repository)
+        if not vars(self.hub)["HF_HUB_OFFLINE"]:
+            self.fetched.append(repository)
+        if isinstance(self.cached, Exception):
+            raise self.cached
+        return self.cached
+
+
+def flash(answer: object) -> types.ModuleType:
+    """A package with FlashAttention that gives this answer."""
+    module = types.ModuleType("flash")
+    vars(module)["flash_attn_func"] = lambda *_tensors, causal: answer if causal else None
+    return module
+
+
+@pytest.mark.parametrize("choice", ["auto", "fa3"])
+@pytest.mark.parametrize(
+    ("installed", "cached", "expected"),
+    [
+        (("flash_attn_interface", "flash_attn"), flash("cached"), ("fa3", "flash_attn_interface")),
+        (("flash_attn",), flash("cached"), ("fa3", "cached")),
+        (("flash_attn",), FileNotFoundError("no local snapshot"), ("fa2", "flash_attn")),
+        (("flash_attn",), ValueError("no such version"), ("fa2", "flash_attn")),
+        (("flash_attn",), ImportError("undefined symbol"), ("fa2", "flash_attn")),
+        (("flash_attn",), RuntimeError("another architecture"), ("fa2", "flash_attn")),
+        ((), FileNotFoundError("no local snapshot"), ("sdpa", None)),
+    ],
+)
+def test_a_cached_kernel_comes_after_the_package_and_is_never_fetched(monkeypatch, choice, installed, cached, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    kernels = Kernels(cached)
+    modules = {"kernels": kernels, "huggingface_hub.constants": kernels.hub}
+    modules |= {name: flash(name) if name in installed else None for name in ("flash_attn_interface", "flash_attn")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)  # None: cannot be imported
+    device = torch.device("cuda", 0)
+    if choice == "fa3" and expected[0] != "fa3":
+        with pytest.raises(train_gpt.UserError, match=f"'flash_attn_interface'.*'kernels': {cached}"):
+            train_gpt.choose_attention(choice, device)
+    else:
+        backend, attend = train_gpt.choose_attention(choice, device)
+        assert backend == expected[0]
+        assert backend == "sdpa" or attend(*torch.zeros(3, 1, 2, 1, 8)) == expected[1]
+    assert kernels.fetched == []
+    assert kernels.asked == ([] if "flash_attn_interface" in installed else ["kernels-community/flash-attn3"])
+    assert train_gpt.choose_attention("auto", torch.device("cpu"))[0] == "sdpa"
 
 
 def test_triton_is_needed_only_to_compile_for_cuda():

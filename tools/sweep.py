@@ -47,7 +47,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(REPO))
 import train_gpt  # noqa: E402
 from bench.common import git_commit  # noqa: E402
-from tools.make_submission import SubmissionError  # noqa: E402
+from tools.record_logs import LogError  # noqa: E402
 from tools.sweep_report import (  # noqa: E402
     SAME_TIME,
     STAGES,
@@ -365,7 +365,7 @@ def outcomes_of(runs: Sequence[Run], stage: str) -> list[Outcome]:
         if run.state == "done":
             try:
                 outcome.seeds[run.seed] = read_figures(run.log, stage)
-            except SubmissionError as error:
+            except LogError as error:
                 run.error = str(error)
     return list(found.values())
 

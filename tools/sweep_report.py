@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from tools.make_submission import SeedRun, spread
+from tools.record_logs import FINAL, LogError, read_run
 
 STAGES = {
     "roundtrip": r"final_int[0-9_]+_roundtrip_exact", "sliding_window": r"final_int[0-9_]+_sliding_window_exact",
@@ -25,16 +26,19 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, which everybo
 def read_figures(path: Path, stage: str) -> dict[str, Any]:
     """What is compared of a finished run: `val_bpb` of the stage, steps, seconds and bytes.
 
-    Raises SubmissionError for a log that is missing, damaged, not finished, or has no such stage.
+    Raises LogError for a log that is missing, damaged, not finished, or has no such stage.
     """
-    run = SeedRun.read(path)
-    figures = run.figures()
-    (figures["val_bpb"],) = run.numbers(STAGES[stage], "val_bpb")
-    names = ("val_bpb", "steps", "train_time_s", "eval_time_s", "bytes_total", "valid")
-    seconds_a_step = figures["train_time_s"] / max(figures["steps"], 1)
-    return {name: figures[name] for name in names} | dict(
-        step_s=seconds_a_step, environment=run.environment, validation=run.text, warmdown=run.config["warmdown_iters"]
-    )
+    run = read_run(path)
+    reached = {**run.scores, FINAL: (run.val_loss, run.val_bpb)}
+    val_bpb = next((pair[1] for name, pair in reached.items() if re.fullmatch(STAGES[stage], name)), None)
+    if not run.finished or None in (val_bpb, run.steps, run.train_s, run.total_bytes, run.eval_s):
+        raise LogError(f"{path} is of no finished run with the stage {stage}; run it again, or compare another stage")
+    assert run.train_s is not None
+    return dict(
+        val_bpb=val_bpb, steps=run.steps, train_time_s=run.train_s, eval_time_s=run.eval_s, valid=run.valid,
+        bytes_total=run.total_bytes, step_s=run.train_s / max(run.steps or 0, 1), environment=run.environment,
+        validation=run.text, warmdown=run.settings[0]["warmdown_iters"],
+    )  # fmt: skip
 
 
 def welch_p(values: Sequence[float], baseline: Sequence[float]) -> float | None:
@@ -80,7 +84,8 @@ def summarize(outcomes: Sequence[Outcome], baseline: str) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for each in ordered:
         row: dict[str, Any] = dict(name=each.name, settings=dict(each.settings), n=len(each.seeds))
-        row |= spread(each.values("val_bpb"))
+        values = each.values("val_bpb")
+        row |= dict(mean=fmean(values), std=stdev(values) if len(values) > 1 else None)
         row |= {name: fmean(each.values(name)) for name in ("steps", "step_s", "train_time_s", "bytes_total")}
         compared = base is not None and each is not base
         row["difference"] = row["mean"] - fmean(base.values("val_bpb")) if base and compared else None

@@ -117,7 +117,8 @@ def spread(values: Sequence[float]) -> str:
 def stages() -> list[str]:
     """Mean and sample standard deviation over the seeds."""
     seeds = submitted_scores()
-    rows = [[STAGES[stage], spread([scores[stage] for scores in seeds.values()])] for stage in next(iter(seeds.values()))]
+    each = next(iter(seeds.values()))
+    rows = [[STAGES[stage], spread([scores[stage] for scores in seeds.values()])] for stage in each]
     return table(["stage", "bpb"], rows)
 
 
@@ -162,15 +163,17 @@ def quantization() -> list[str]:
 
 
 def ablation() -> list[str]:
-    scores = read_results("cpu-ablation.json")["bpb"].items()
-    rows = [[name, *(f"{found[kind]['mean']:.4f} ± {found[kind]['std']:.4f}" for kind in found)] for name, found in scores]
+    rows = [
+        [name, *(f"{row['mean']:.4f} ± {row['std']:.4f}" for row in kinds.values())]
+        for name, kinds in read_results("cpu-ablation.json")["bpb"].items()
+    ]
     return table(["what is on", "averaged weights", "artifact"], rows)
 
 
 def faults() -> list[str]:
     cases = read_results("cpu-fault_campaign.json")["cases"]
     names = list(next(iter(cases.values())))
-    rows = [[fault, f"{sum(counts.values())}", *(f"{counts[name]}" for name in names)] for fault, counts in cases.items()]
+    rows = [[fault, str(sum(row.values())), *(str(row[name]) for name in names)] for fault, row in cases.items()]
     return table(["fault", "cases", *names], rows)
 
 
@@ -196,9 +199,10 @@ def config_of(recipe: str) -> train_gpt.Config:
 
 def fitting_tokens(config: train_gpt.Config, gib: float) -> int:
     """What train_gpt.py takes in bf16 on a GPU of that memory, which need not be there."""
+    runtime: Any = SimpleNamespace(device=torch.device("cuda"), local_world_size=1)
     device = SimpleNamespace(total_memory=gib * 2**30)
-    with mock.patch.object(torch.cuda, "get_device_properties", lambda _: device):
-        return train_gpt.fitting_tokens(config, SimpleNamespace(device=torch.device("cuda"), local_world_size=1), 2)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=device):
+        return train_gpt.fitting_tokens(config, runtime, itemsize=2)
 
 
 def step_times() -> list[str]:
@@ -234,7 +238,7 @@ def filled(page: str, name: str, lines: Sequence[str]) -> str:
     """The page's text with these lines between the markers of that name. Raises ReportError without one such pair."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found, rest = page.partition(f"{start}\n")
-    old, closed, after = rest.partition(end)
+    _, closed, after = rest.partition(end)
     if not (found and closed) or start in rest or end in before + after:
         raise ReportError(f"needs one line {start} and after it one line {end}")
     return before + "\n".join([start, *lines, end]) + after

@@ -103,7 +103,7 @@ def test_scripts_options_settings_and_targets_of_a_command_exist(command):
         assert result.returncode == 0, result.stderr
         assert result.stdout
     scripts = [word for word in words if word.endswith(".py") and word.partition("/")[0] in PROGRAMS]
-    for script in scripts:
+    for script in scripts[:1]:  # one that follows is an argument of it
         source = (REPO / script).read_text(encoding="utf-8")
         for other in OPTIONS_OF.get(script, []):
             source += (REPO / other).read_text(encoding="utf-8")

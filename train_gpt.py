@@ -969,6 +969,7 @@ BANK_NAMES = tuple(name for name, role in ROLES.items() if role.optimizer == "mu
 PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors and scalars in fp32
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RMS_EPS = torch.finfo(torch.float32).eps
+Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, rotated dimensions / 2)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,Dh), k and v (B,T,Hkv,Dh) → (B,T,H,Dh), causal
 Probe = Callable[[str, int, Tensor], None]  # (name of an input of matrices, layer, the input (B, T, in))
 
@@ -976,8 +977,7 @@ Probe = Callable[[str, int, Tensor], None]  # (name of an input of matrices, lay
 class GPT(nn.Module):
     """U-net GPT with its matrices in four banks (design: pull requests 1081, 977, 700).
 
-    Banks are (rows of layers, out, in); `qo_bank` holds Q then output, `kv_bank` K then V. Master weights are fp32;
-    matrix products run in `compute_dtype`: where that is None in bf16 on CUDA and fp32 on CPU.
+    Banks are (rows of layers, out, in); `qo_bank` holds Q then output, `kv_bank` K then V. Master weights are fp32.
     """
 
     def __init__(self, config: Config, attend: Attention | None = None, initialize: bool = True):
@@ -1010,10 +1010,8 @@ class GPT(nn.Module):
     def _init_weights(self) -> None:
         """Of two factors at most one starts at zero: with both, neither would ever receive a gradient."""
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
-        drawn = [self.qo_bank, self.kv_bank, self.mlp_up_bank]
-        if not config.zero_init_out:
-            drawn.append(self.mlp_down_bank)
-        for matrix in itertools.chain(*drawn):
+        mlp_down = () if config.zero_init_out else self.mlp_down_bank
+        for matrix in itertools.chain(self.qo_bank, self.kv_bank, self.mlp_up_bank, mlp_down):
             nn.init.orthogonal_(matrix, generator=generator)
         for bank in (self.qo_bank[config.num_layers :], self.mlp_down_bank):
             if config.zero_init_out:
@@ -1022,26 +1020,24 @@ class GPT(nn.Module):
                 bank.div_(math.sqrt(2 * config.num_layers))
         self.tok_emb.weight.normal_(std=config.tied_embed_init_std, generator=generator)
         nn.init.orthogonal_(self.bigram.proj.weight, generator=generator)
-        zero = [self.bigram.embed, *self.mtp_heads]
+        for weight in (self.bigram.embed.weight, *self.mtp_heads.parameters()):
+            weight.zero_()
         if config.ve_layers:
             self.ve_shared.embed.weight.normal_(std=0.01, generator=generator)
-            zero.append(self.ve_shared.proj)
+            self.ve_shared.proj.weight.zero_()
         if not config.tie_embeddings:
-            zero.append(self.lm_head)
-        for layer in zero:
-            nn.init.zeros_(layer.weight)
+            self.lm_head.weight.zero_()
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
+        """Of matrix products: where COMPUTE_DTYPE is auto bf16 on CUDA, fp32 on a CPU."""
         return self.compute_dtype or (torch.bfloat16 if self.tok_emb.weight.is_cuda else torch.float32)
 
     def _weight(self, name: str, qat: bool) -> Tensor:
         """A matrix in the compute dtype; with QAT as the artifact would give it back."""
         weight = self.get_parameter(name)
         if qat and name in self.grids:
-            grid = self.grids[name]
-            weight = fake_quantize(weight, grid.bits, grid.clip_std)
+            weight = fake_quantize(weight, *self.grids[name])
         return weight.to(self.dtype)
 
     def _layer_weights(self, qat: bool) -> list[LayerWeights]:
@@ -1064,16 +1060,13 @@ class GPT(nn.Module):
         x = self._run_layers(x, ids, rope_tables(config, ids.size(1), x), qat, probe)
         return x, token_table if config.tie_embeddings else self._weight("lm_head.weight", qat)
 
-    def _run_layers(
-        self, x: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], qat: bool, probe: Probe | None = None
-    ) -> Tensor:
+    def _run_layers(self, x: Tensor, ids: Tensor, rope: Rope, qat: bool, probe: Probe | None = None) -> Tensor:
         """All layers on x (B, T, D), and the last norm. The first half's outputs are added in the second half."""
         config, x0 = self.config, x
         value_embeds: dict[int, Tensor] = {}
         if config.ve_layers:
-            shared = self._rows("ve_shared", ids, qat)
-            for layer, scale in zip(config.ve_layers, self.ve_layer_scales):
-                value_embeds[layer] = shared * scale.to(x.dtype)
+            shared, scales = self._rows("ve_shared", ids, qat), zip(config.ve_layers, self.ve_layer_scales)
+            value_embeds = {layer: shared * scale.to(x.dtype) for layer, scale in scales}
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
         skips: list[Tensor] = []
         for layer, again in self._layer_order():
@@ -1220,7 +1213,7 @@ class LayerWeights(NamedTuple):
 class LayerContext(NamedTuple):
     """What a layer needs besides its input and weights."""
 
-    rope: tuple[Tensor, Tensor]  # cos and sin
+    rope: Rope
     value_embed: Tensor | None
     attend: Attention
     layer: int
@@ -1268,8 +1261,8 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, gate)
 
 
-def rope_tables(config: Config, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (1, T, 1, rotated/2). Beyond ROPE_TRAIN_LEN the base grows (NTK-aware scaling)."""
+def rope_tables(config: Config, seq_len: int, like: Tensor) -> Rope:
+    """Beyond ROPE_TRAIN_LEN the base grows (NTK-aware scaling)."""
     rotated, base = config.rope_dims or config.head_dim, config.rope_base
     if config.rope_train_len and seq_len > config.rope_train_len:
         base *= (seq_len / config.rope_train_len) ** (rotated / (rotated - 2))
@@ -1304,26 +1297,25 @@ def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]
     """
     on_cuda = device.type == "cuda"
     hopper = on_cuda and torch.cuda.get_device_capability(device)[0] == 9
-    if choice not in ("auto", "sdpa") and not on_cuda:
-        raise ConfigError(f"ATTENTION={choice} needs CUDA, and this run is on the CPU; use sdpa or auto")
-    if choice == "fa3" and not hopper:
-        raise ConfigError("ATTENTION=fa3 needs a Hopper GPU; use ATTENTION=auto")
-    packages = (("fa3", "flash_attn_interface", hopper), ("fa3", "kernels", hopper), ("fa2", "flash_attn", on_cuda))
+    possible = {"fa3": hopper, "fa2": on_cuda, "cudnn": on_cuda, "sdpa": True, "auto": True}
+    if not possible[choice]:
+        needed = "a Hopper GPU" if choice == "fa3" else "CUDA"
+        raise ConfigError(f"ATTENTION={choice} needs {needed}, and this run is on {device}; use ATTENTION=auto")
     problems = []
-    for name, package, possible in packages:
-        if possible and choice in ("auto", name):
+    for name, package in (("fa3", "flash_attn_interface"), ("fa3", "kernels"), ("fa2", "flash_attn")):
+        if possible[name] and choice in ("auto", name):
             try:
-                return name, flash_attention(package)
+                return name, functools.partial(flash_attention, flash_kernel(package))
             except ImportError as error:
-                problems.append(f"{package!r}: {error}")
-    if problems and choice != "auto":
-        raise ConfigError(f"ATTENTION={choice} needs the package {', or '.join(problems)}")
+                problems.append(f"{package!r} ({error})")
     if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
         return "cudnn", cudnn_attention
-    return "sdpa", sdpa_attention
+    if choice in ("auto", "sdpa"):
+        return "sdpa", sdpa_attention
+    raise ConfigError(f"ATTENTION={choice} needs the package {' or '.join(problems)}")
 
 
-def flash_attention(package: str) -> Attention:
+def flash_kernel(package: str) -> Callable[..., Any]:
     """FlashAttention of one of its packages; `kernels` may have it in its cache. Raises ImportError."""
     module = importlib.import_module(package)
     if package == "kernels":
@@ -1332,13 +1324,13 @@ def flash_attention(package: str) -> Attention:
             module = module.get_kernel("kernels-community/flash-attn3", revision="v1")
         except (*MALFORMED, OSError, RuntimeError) as error:
             raise ImportError(str(error)) from error
-    attend = module.flash_attn_func
+    return module.flash_attn_func
 
-    def first_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
 
-    return first_output
+def flash_attention(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Some versions return the log-sum-exp too."""
+    out = kernel(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1375,8 +1367,7 @@ def grid_of(name: str, codec: str, config: Config) -> Grid | None:
     return Grid(int(codec.removeprefix("int")), clip_std) if codec.startswith("int") else None
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """Symmetric integers of `bits` bits with one fp16 scale for each row, which is the last axis."""
 
     bits: int
@@ -1429,18 +1420,20 @@ fake_quantize.register_autograd(lambda _, grad: (grad, None, None))
 class Optimizers:
     """Banks under Muon, every other parameter under AdamW with one flat gradient buffer."""
 
-    def __init__(self, model: GPT, config: Config, runtime: Runtime, compiled: bool = False):
+    def __init__(self, model: GPT, config: Config, runtime: Runtime):
         self.config, self.runtime = config, runtime
-        self.muon = Muon([model.get_parameter(name) for name in BANK_NAMES], config, runtime, compiled)
-        self.muon.dtype = model.dtype
-        rest = {name: ROLES[role].rate for name, role in model.parameter_roles().items() if name not in BANK_NAMES}
-        self.flat_grad = flatten_gradients([model.get_parameter(name) for name in rest])
-        groups = [
-            dict(params=[model.get_parameter(name) for name in rest if rest[name] == lr], base_lr=getattr(config, lr))
-            for lr in dict.fromkeys(rest.values())
-        ]
+        rest = dict(model.named_parameters())
+        self.muon = Muon([rest.pop(name) for name in BANK_NAMES], config, runtime, model.dtype)
+        self.flat_grad = flatten_gradients([*rest.values()])
+        roles, by_rate = model.parameter_roles(), dict[str, list[nn.Parameter]]()
+        for name, parameter in rest.items():
+            by_rate.setdefault(ROLES[roles[name]].rate, []).append(parameter)
+        groups = [dict(params=members, base_lr=getattr(config, rate)) for rate, members in by_rate.items()]
         betas = config.beta1, config.beta2
         self.adamw = torch.optim.AdamW(groups, 0.0, betas, config.adam_eps, config.adam_wd, fused=True)
+        for p in rest.values():  # now, not at the first step, for a checkpoint to be copied into
+            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            self.adamw.state[p] = dict(step=p.new_zeros(()), **moments)
         self.skipped = torch.zeros(2, device=self.flat_grad.device)  # updates left out: in a row, in all
 
     @torch.no_grad()
@@ -1450,11 +1443,13 @@ class Optimizers:
         The clip needs every gradient, so AdamW cannot begin while banks are being reduced. A norm that is not finite
         leaves weights and optimizers as they are, on every rank and without asking the host.
         """
-        pending = self.muon.reduce_gradients()
+        shards = self.muon.shards
+        split = shards if self.runtime.world_size > 1 else ()  # the largest bank first
+        pending = [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in split]
         self.runtime.all_reduce_sum(self.flat_grad)
         for work in pending:
             work.wait()
-        own = [shard.own_grad for shard in self.muon.shards]
+        own = [shard.own_grad for shard in shards]
         bank_square = torch.stack([grad.square().sum() for grad in own]).sum()
         norm = (self.runtime.all_reduce_sum(bank_square) + self.flat_grad.square().sum()).sqrt()
         finite = torch.isfinite(norm)
@@ -1481,31 +1476,15 @@ class Optimizers:
         momentum = {name: shard.whole_momentum(self.runtime) for name, shard in zip(BANK_NAMES, self.muon.shards)}
         return dict(muon=momentum, adamw=self.adamw.state_dict()["state"], skipped=self.skipped)
 
-    def load_state_dict(self, state: State) -> None:
-        for name, shard in zip(BANK_NAMES, self.muon.shards):
-            shard.load_momentum(state["muon"][name])
-        moments = {int(index): dict(entry) for index, entry in state["adamw"].items()}
-        members = [p.data for group in self.adamw.param_groups for p in group["params"]]
-        for index, entry in moments.items():
-            require_same_kinds(dict(exp_avg=members[index], exp_avg_sq=members[index]), entry)
-        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": moments})
-        self.skipped.copy_(state["skipped"])
-
 
 class Muon:
     """Parallel Muon (pull request 977): each rank owns 1/world_size of every bank's matrices."""
 
-    dtype = torch.float32  # of the products in the iteration
-
-    def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, compiled: bool):
-        self.runtime, self.config = runtime, config
+    def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, dtype: torch.dtype):
+        self.runtime, self.config, self.dtype = runtime, config, dtype  # of the iteration's products
         self.shards = [BankShard(bank, runtime) for bank in banks]
+        compiled = wants_compile(config, runtime)
         self.newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
-
-    def reduce_gradients(self) -> list[dist.Work]:
-        """Start the reduce-scatters, largest bank first."""
-        shards = self.shards if self.runtime.world_size > 1 else ()
-        return [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in shards]
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, finite: Tensor) -> None:
@@ -1588,11 +1567,6 @@ def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
     return config.min_lr + (1 - config.min_lr) * share
 
 
-def progress_at(config: Config, step: int, elapsed_s: float) -> float:
-    """How far the training is, by its steps or its time, whichever is further: 0 to 1."""
-    return max(step / config.iterations, elapsed_s / (config.training_seconds or math.inf))
-
-
 def muon_momentum_at(config: Config, step: int) -> float:
     fraction = min(step / max(config.muon_momentum_warmup_steps, 1), 1.0)
     return (1 - fraction) * config.muon_momentum_warmup_start + fraction * config.muon_momentum
@@ -1653,7 +1627,7 @@ class Trainer:
     loader: TokenLoader
     validation: ValidationSet
     importance: Tensor | None = None  # (V,): 0 outside the knowledge graph
-    checkpoints: Any = None  # a Checkpoints; single steps need none, `train` does
+    checkpoints: Any = None  # a Checkpoints; single steps need none
     identity: dict[str, Any] = field(default_factory=dict)  # of data and tokenizer: a resumed run must have the same
     step: int = 0
     elapsed_s: float = 0.0
@@ -1664,12 +1638,12 @@ class Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.compiled = wants_compile(config, self.runtime)
-        self.optimizers = Optimizers(self.model, config, self.runtime, self.compiled)
+        self.optimizers = Optimizers(self.model, config, self.runtime)
         self.average = WeightAverage(self.model, config)
         self.clock = Clock(self.runtime)
         mtp_weight = config.mtp_loss_weight if config.mtp_num_heads else 0.0
         kg_weight = 0.0 if self.importance is None else config.kg_weight
-        self.controls = Controls(self.qat_due(1.0), kg_weight, mtp_weight, config.grad_clip_norm)
+        self.controls = Controls(False, kg_weight, mtp_weight, config.grad_clip_norm)
         self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
         self.losses, self.crown_q = self.model.training_losses, self.model.crown_q
         if self.compiled:  # two graphs: the penalty is taken once a step, the losses once a micro-batch
@@ -1688,15 +1662,9 @@ class Trainer:
         """
         if state is not None:
             self.resume(state, source)
-        if not self.finished:
-            self.warm_up()
-        if state is not None:
-            shown: dict[str, Any] = {"step": self.step, "from": source, **self._timing()}
-            self.log.row("resumed", **shown, saved_by_ranks=state["world_size"])
         if self.finished:
             return
-        if self.controls.qat and self.step == 0:
-            self.begin_qat(1.0)
+        self.warm_up()
         self.clock.start()
         while True:
             signalled, batch_failed = self.agree_with_ranks()
@@ -1729,8 +1697,10 @@ class Trainer:
         config = self.config
         lr_scale = lr_scale_at(config, self.step, self.elapsed_s)
         if not self.controls.qat and self.qat_due(lr_scale):
-            self.begin_qat(lr_scale)
-        self.model.repeats = progress_at(config, self.step, self.elapsed_s) >= config.repeat_from
+            self.controls.qat = True
+            self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=config.bits_label)
+        progress = max(self.step / config.iterations, self.elapsed_s / (config.training_seconds or math.inf))
+        self.model.repeats = progress >= config.repeat_from
         grad_norm = self.train_step(self.step, lr_scale)
         self.skipped_on_host.copy_(self.optimizers.skipped, non_blocking=True)
         self.step += 1
@@ -1742,8 +1712,7 @@ class Trainer:
             self.elapsed_s = self.clock.agreed()[0]
             # Reading the losses is, with the swarm's votes, a step's only host synchronisation.
             shown: dict[str, Any] = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
-            shown |= dict(grad_norm=grad_norm.item(), **dataclasses.asdict(self.controls))
-            shown["qat"] = int(self.controls.qat)
+            shown |= {"grad_norm": grad_norm.item(), **vars(self.controls), "qat": int(self.controls.qat)}
             if self.crown_q_loss is not None:
                 shown["crown_q"] = self.crown_q_loss.item()
             self.log_step("step", **shown)
@@ -1785,7 +1754,7 @@ class Trainer:
 
     def qat_due(self, lr_scale: float) -> bool:
         threshold = self.config.late_qat_threshold
-        return self.config.qat_bits > 0 and (lr_scale < threshold or threshold >= 1)
+        return self.config.qat_bits > 0 and (lr_scale < threshold or threshold == 1)
 
     def vote(self, mesh: swarm_agents.VotingMesh, grad_norm: Tensor, lr_scale: float) -> None:
         """One cycle of the swarm: rank 0 votes, every rank applies the outcome."""
@@ -1798,10 +1767,9 @@ class Trainer:
             current_lr_scale=lr_scale, qat_enabled=controls.qat, kg_weight=controls.kg_weight,
             mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm, qat_available=config.qat_bits > 0,
         )  # fmt: skip
-        before: dict[str, float] = dataclasses.asdict(controls)
-        values = before | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
-        agreed = self.runtime.from_main(*values.values())
-        controls.apply({name: new for (name, old), new in zip(before.items(), agreed) if new != old})
+        values = vars(controls) | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
+        qat, *further = self.runtime.from_main(*values.values())
+        self.controls = Controls(bool(qat), *further)
         for line in mesh.log_lines():
             self.log.line(line)
         for row in mesh.rows():
@@ -1858,10 +1826,6 @@ class Trainer:
     def _timing(self) -> dict[str, Any]:
         return dict(train_time_ms=1000 * self.elapsed_s, step_avg_ms=1000 * self.elapsed_s / max(self.step, 1))
 
-    def begin_qat(self, lr_scale: float) -> None:
-        self.controls.qat = True
-        self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=self.config.bits_label)
-
     def global_train_loss(self) -> float:
         """The last step's main cross-entropy over all ranks, nats."""
         return self.runtime.all_reduce_sum(self.train_loss.clone()).item() / self.runtime.world_size
@@ -1885,9 +1849,14 @@ class Trainer:
 
     def load_state_dict(self, state: State) -> None:
         """Stand where `state_dict` was taken, at any world size. Raises what odd content makes of itself."""
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.average.load_state_dict(state["average"])
+        own, found = flattened(self.state_dict() | {"config": {}, "identity": {}}), flattened(state)
+        require_same_kinds(own, found)
+        for path, leaf in own.items():
+            if isinstance(leaf, Tensor):  # most are those in use, which a copy is all that they need
+                leaf.copy_(found[path])
+        for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
+            shard.load_momentum(state["optimizers"]["muon"][name])
+        self.average.count = state["average"]["count"]
         if self.swarm:
             self.swarm.load_state_dict(state["swarm"])
             self.swarm.summary()  # reads all of it
@@ -1901,23 +1870,22 @@ class Trainer:
 
     def resume(self, state: State, source: str) -> None:
         """Raises ConfigError for a state of other settings or data, CheckpointError for one that makes no sense."""
-        own = self.state_dict()
         try:
             ours, stored = json.loads(self.config.to_json()), state["config"]
             names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != stored[name]]
             odd = [f"{name.upper()}={stored[name]} (now {ours[name]})" for name in names]
             odd += [name for name, value in self.identity.items() if state["identity"][name] != value]
-            if odd:
-                problem = f"{source} was trained with another {', '.join(odd)}"
-                raise ConfigError(f"{problem}; set them back, or RESUME= to train from the beginning")
-            require_same_kinds(own | {"config": {}, "identity": {}}, state)
-            if not (0 <= state["progress"]["step"] <= self.config.iterations and state["progress"]["elapsed_s"] >= 0):
-                raise ValueError("impossible step or time")
-            self.load_state_dict(state)
-        except ConfigError:
-            raise
+            if not odd:
+                self.load_state_dict(state)
+                if not (0 <= self.step <= self.config.iterations and self.elapsed_s >= 0):
+                    raise ValueError("impossible step or time")
         except (*MALFORMED, RuntimeError) as error:
             raise CheckpointError(f"{source} has unexpected content ({type(error).__name__}: {error})") from error
+        if odd:
+            problem = f"{source} was trained with another {', '.join(odd)}"
+            raise ConfigError(f"{problem}; set them back, or RESUME= to train from the beginning")
+        shown = {"step": self.step, "from": source, **self._timing()}
+        self.log.row("resumed", **shown, saved_by_ranks=state["world_size"])
 
 
 @dataclass
@@ -1928,12 +1896,6 @@ class Controls:
     kg_weight: float  # 0 where there is no knowledge graph
     mtp_weight: float  # 0 where there are no MTP heads
     clip_norm: float
-
-    def apply(self, values: Mapping[str, float]) -> None:
-        """Raises ValueError for an unknown name or a value out of bounds."""
-        for name, value in values.items():
-            swarm_agents.check_value(name, value)
-            setattr(self, name, bool(value) if name == "qat" else value)
 
 
 class WeightAverage:
@@ -1966,11 +1928,6 @@ class WeightAverage:
 
     def state_dict(self) -> State:
         return dict(count=self.count, shadow=dict(zip(self.names, self.shadow)))
-
-    def load_state_dict(self, state: State) -> None:
-        self.count = state["count"]
-        for name, shadow in zip(self.names, self.shadow):
-            shadow.copy_(state["shadow"][name])
 
 
 class Clock:

@@ -78,7 +78,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A variable, or a combination of variables, that cannot work."""
+    """A variable, or a combination of them, that cannot work."""
 
 
 class DataError(UserError):
@@ -911,7 +911,7 @@ class Tokenizer:
 
 
 def find_shards(folder: str, split: str) -> list[Path]:
-    """Sorted. Raises DataError when there are none."""
+    """Sorted. Raises DataError where there is none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin")) if os.path.isdir(folder) else []
     if not paths:
         raise DataError(f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; {MAKE_DATA}")

@@ -465,7 +465,7 @@ class Config:
             (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "a whole product with MODEL_DIM"),
             (rotated in range(4, width + 1, 2), "rope_dims", f"0 (all) or an even number from 4 to {width}"),
             (self.xsa_last_n <= layers, "xsa_last_n", "at most NUM_LAYERS"),
-            (len(stack.intersection(embedded)) == len(embedded), "ve_layers", f"different layers from 0 to {layers - 1}"),
+            (len(stack & {*embedded}) == len(embedded), "ve_layers", f"different layers from 0 to {layers - 1}"),
             (self.eval_stride <= self.eval_seq_len, "eval_stride", "at most EVAL_SEQ_LEN"),
             # A shorter chunk would be trained on before all of it is scored.
             (not ttt or self.ttt_chunk_tokens >= self.eval_seq_len, "ttt_chunk_tokens", "at least EVAL_SEQ_LEN"),

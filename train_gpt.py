@@ -2946,8 +2946,7 @@ class _Groups(NamedTuple):
         for part, width in ((label[self.position], label_bits), (self.position, bits)):
             key <<= width
             key |= part  # values alone are sorted: positions are their low bits
-        # NumPy sorts in place, where torch would sort indices too, in three times the bytes.
-        key = key.sort().values if key.is_cuda else torch.from_numpy(np.sort(key.numpy()))
+        key = _sorted(key)
         position = (key & ((1 << bits) - 1)).int()
         key >>= bits
         return _Groups(position, _heads(key))
@@ -2962,6 +2961,11 @@ class _Groups(NamedTuple):
             before = _at_start(before, self.head | _heads(self.position // block))
         total[self.position] = before - since
         return total.cpu().numpy()
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """Without the indices that torch would sort too, in three times the bytes, where NumPy can."""
+    return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
 
 
 def _heads(values: Tensor) -> Tensor:
@@ -3011,33 +3015,22 @@ def iter_hashed_counts(
     come from different hashes, so F/C is no probability.
     """
     mask = buckets - 1  # `buckets` is a power of two
+    block_of = torch.arange(-1, len(tokens) - 1, device=tokens.device).clamp_(min=0) // block
+    where = probe.position[:, None] if probe else slice(None)
+    target = torch.arange(probe.vocab_size, device=tokens.device) if probe else tokens
     for order in range(1, max_order + 1):
         context, multiplier = torch.zeros_like(tokens), HASH_MULTIPLIERS[(order - 1) % 7]
         for k in range(order - 1):  # what wraps around belongs to targets without such a context
             context ^= tokens.roll(order - 1 - k) * HASH_MULTIPLIERS[k % 7]
-        context &= mask
-        pair = (context ^ tokens * multiplier) & mask
-        positions, asked = range(len(tokens)), [context, pair]
-        if probe:
-            positions, own = probe.position.tolist(), context[probe.position, None]
-            every = torch.arange(probe.vocab_size, device=tokens.device)
-            asked = [own, (own ^ every * multiplier) & mask]
-        tables = zip((context, pair), asked)
-        yield NgramCounts(*(_table_counts(*table, positions, order, block, buckets) for table in tables))
-
-
-def _table_counts(
-    bucket: Tensor, asked: Tensor, positions: Sequence[int], order: int, block: int, buckets: int
-) -> np.ndarray:
-    """What a table filled block by block holds in buckets `asked` (S, …) at `positions` (S,)."""
-    table = bucket.new_zeros(buckets, dtype=torch.int32)
-    answers = torch.zeros_like(asked, dtype=torch.int32)
-    for low, high in itertools.pairwise([0, *range(block + 1, len(bucket), block), len(bucket)]):
-        rows = slice(bisect.bisect_left(positions, max(low, order - 1)), bisect.bisect_left(positions, high))
-        answers[rows] = table[asked[rows]]
-        added = bucket[low + order - 1 : high]
-        table.index_add_(0, added, torch.ones_like(added, dtype=torch.int32))
-    return answers.cpu().numpy()
+        counts, whole = [], block_of == block_of.roll(order - 1)
+        whole[: order - 1] = False
+        own = context[where]
+        for added, asked in ((context, own), (context ^ tokens * multiplier, own ^ target * multiplier)):
+            keys = _sorted(((added & mask) << 31 | block_of)[whole])
+            first = (asked & mask) << 31
+            low, high = (torch.searchsorted(keys, key, out_int32=True) for key in (first, first | block_of[where]))
+            counts.append((high - low).cpu().numpy())
+        yield NgramCounts(*counts)
 
 
 # 10. Machinery ------------------------

@@ -201,29 +201,25 @@ def train_artifact(
 
 
 def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoints) -> Path:
-    """Calibrate, quantize and pack what was trained, unless this run did so before: the path of its own artifact.
+    """Calibrate, quantize and pack what was trained, after a restart again: the path of this run's own artifact.
 
     The newest run's is also at ARTIFACT.
     """
     config, runtime, log, path = trainer.config, trainer.runtime, trainer.log, checkpoints.folder / ARTIFACT_NAME
     checkpoints.finish()
-    whole = runtime.is_main and config.resume != "" and is_artifact_of(path, trainer.model, tokenizer.digest)
-    reused = bool(runtime.from_main(whole)[0])
-    hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
+    hessians = calibrate(trainer) if config.quantizer == "gptq" else None
     if runtime.is_main:
         began = time.perf_counter()
-        if not reused:
-            try:
-                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
-            except ArtifactError as error:  # nothing trained is lost for a folder
-                log.line(f"note: {error}")
-                path = config.artifact_path
-                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+        try:
+            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+        except ArtifactError as error:  # nothing trained is lost for a folder
+            log.line(f"note: {error}")
+            path = config.artifact_path
+            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        used: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
-        time_s, artifact = time.perf_counter() - began, str(config.artifact_path)
-        log.row("quantization", time_s=time_s, **used, artifact=artifact, reused=reused)
+        shown = {"quantizer": "gptq" if hessians else "lite", "artifact": str(config.artifact_path)}
+        log.row("quantization", time_s=time.perf_counter() - began, **shown)
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -1961,7 +1957,8 @@ def save_artifact(
     model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None, log: RunLog | None = None
 ) -> int:
     """Write the artifact atomically; its size in bytes. Raises ArtifactError."""
-    config, metadata = model.config, artifact_metadata(model, tokenizer_digest)
+    config, digests = model.config, dict(tokenizer=tokenizer_digest, code=code_digest())
+    metadata = dict(format=ARTIFACT_FORMAT, config=config.portable().to_json(), plan=model.plan, **digests)
     make = functools.partial(quantize, model.state_dict(), model.plan, hessians=hessians)
     pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
     limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
@@ -1978,13 +1975,6 @@ def save_artifact(
         log.tell("tensor_bytes", bytes=dict(zip(model.plan, np.diff(ends).tolist())), codec=model.plan)
     write_artifact_file(path, packed)
     return len(packed)
-
-
-def artifact_metadata(model: GPT, tokenizer_digest: str) -> dict[str, Any]:
-    """What an artifact says of itself, down to the digest of the weights that it was made from."""
-    weights = digest_of(*(value.cpu().numpy() for value in model.state_dict().values()))
-    digests = dict(tokenizer=tokenizer_digest, code=code_digest(), weights=weights)
-    return dict(format=ARTIFACT_FORMAT, config=model.config.portable().to_json(), plan=model.plan, **digests)
 
 
 def write_artifact_file(path: Path, content: bytes) -> None:
@@ -2031,14 +2021,6 @@ def read_artifact(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
-
-
-def is_artifact_of(path: Path, model: GPT, tokenizer_digest: str) -> bool:
-    """Whether the file holds these weights, by these settings and this code."""
-    try:
-        return unpack_artifact(path.read_bytes())[1] == artifact_metadata(model, tokenizer_digest)
-    except (OSError, *MALFORMED):
-        return False
 
 
 def code_digest() -> str:

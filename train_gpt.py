@@ -201,29 +201,25 @@ def train_artifact(
 
 
 def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoints) -> Path:
-    """Calibrate, quantize and pack what was trained, unless this run did so before: the path of its own artifact.
+    """Calibrate, quantize and pack what was trained, after a restart again: the path of this run's own artifact.
 
     The newest run's is also at ARTIFACT.
     """
     config, runtime, log, path = trainer.config, trainer.runtime, trainer.log, checkpoints.folder / ARTIFACT_NAME
     checkpoints.finish()
-    whole = runtime.is_main and config.resume != "" and is_artifact_of(path, trainer.model, tokenizer.digest)
-    reused = bool(runtime.from_main(whole)[0])
-    hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
+    hessians = calibrate(trainer) if config.quantizer == "gptq" else None
     if runtime.is_main:
         began = time.perf_counter()
-        if not reused:
-            try:
-                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
-            except ArtifactError as error:  # nothing trained is lost for a folder
-                log.line(f"note: {error}")
-                path = config.artifact_path
-                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+        try:
+            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+        except ArtifactError as error:  # nothing trained is lost for a folder
+            log.line(f"note: {error}")
+            path = config.artifact_path
+            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        used: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
-        time_s, artifact = time.perf_counter() - began, str(config.artifact_path)
-        log.row("quantization", time_s=time_s, **used, artifact=artifact, reused=reused)
+        shown = {"quantizer": "gptq" if hessians else "lite", "artifact": str(config.artifact_path)}
+        log.row("quantization", time_s=time.perf_counter() - began, **shown)
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -1961,7 +1957,8 @@ def save_artifact(
     model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None, log: RunLog | None = None
 ) -> int:
     """Write the artifact atomically; its size in bytes. Raises ArtifactError."""
-    config, metadata = model.config, artifact_metadata(model, tokenizer_digest)
+    config, digests = model.config, dict(tokenizer=tokenizer_digest, code=code_digest())
+    metadata = dict(format=ARTIFACT_FORMAT, config=config.portable().to_json(), plan=model.plan, **digests)
     make = functools.partial(quantize, model.state_dict(), model.plan, hessians=hessians)
     pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
     limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
@@ -1978,13 +1975,6 @@ def save_artifact(
         log.tell("tensor_bytes", bytes=dict(zip(model.plan, np.diff(ends).tolist())), codec=model.plan)
     write_artifact_file(path, packed)
     return len(packed)
-
-
-def artifact_metadata(model: GPT, tokenizer_digest: str) -> dict[str, Any]:
-    """What an artifact says of itself, down to the digest of the weights that it was made from."""
-    weights = digest_of(*(value.cpu().numpy() for value in model.state_dict().values()))
-    digests = dict(tokenizer=tokenizer_digest, code=code_digest(), weights=weights)
-    return dict(format=ARTIFACT_FORMAT, config=model.config.portable().to_json(), plan=model.plan, **digests)
 
 
 def write_artifact_file(path: Path, content: bytes) -> None:
@@ -2031,14 +2021,6 @@ def read_artifact(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
-
-
-def is_artifact_of(path: Path, model: GPT, tokenizer_digest: str) -> bool:
-    """Whether the file holds these weights, by these settings and this code."""
-    try:
-        return unpack_artifact(path.read_bytes())[1] == artifact_metadata(model, tokenizer_digest)
-    except (OSError, *MALFORMED):
-        return False
 
 
 def code_digest() -> str:
@@ -2946,8 +2928,7 @@ class _Groups(NamedTuple):
         for part, width in ((label[self.position], label_bits), (self.position, bits)):
             key <<= width
             key |= part  # values alone are sorted: positions are their low bits
-        # NumPy sorts in place, where torch would sort indices too, in three times the bytes.
-        key = key.sort().values if key.is_cuda else torch.from_numpy(np.sort(key.numpy()))
+        key = _sorted(key)
         position = (key & ((1 << bits) - 1)).int()
         key >>= bits
         return _Groups(position, _heads(key))
@@ -2962,6 +2943,11 @@ class _Groups(NamedTuple):
             before = _at_start(before, self.head | _heads(self.position // block))
         total[self.position] = before - since
         return total.cpu().numpy()
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """Without the indices that torch would sort too, in three times the bytes, where NumPy can."""
+    return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
 
 
 def _heads(values: Tensor) -> Tensor:
@@ -3011,33 +2997,22 @@ def iter_hashed_counts(
     come from different hashes, so F/C is no probability.
     """
     mask = buckets - 1  # `buckets` is a power of two
+    block_of = torch.arange(-1, len(tokens) - 1, device=tokens.device).clamp_(min=0) // block
+    where = probe.position[:, None] if probe else slice(None)
+    target = torch.arange(probe.vocab_size, device=tokens.device) if probe else tokens
     for order in range(1, max_order + 1):
         context, multiplier = torch.zeros_like(tokens), HASH_MULTIPLIERS[(order - 1) % 7]
         for k in range(order - 1):  # what wraps around belongs to targets without such a context
             context ^= tokens.roll(order - 1 - k) * HASH_MULTIPLIERS[k % 7]
-        context &= mask
-        pair = (context ^ tokens * multiplier) & mask
-        positions, asked = range(len(tokens)), [context, pair]
-        if probe:
-            positions, own = probe.position.tolist(), context[probe.position, None]
-            every = torch.arange(probe.vocab_size, device=tokens.device)
-            asked = [own, (own ^ every * multiplier) & mask]
-        tables = zip((context, pair), asked)
-        yield NgramCounts(*(_table_counts(*table, positions, order, block, buckets) for table in tables))
-
-
-def _table_counts(
-    bucket: Tensor, asked: Tensor, positions: Sequence[int], order: int, block: int, buckets: int
-) -> np.ndarray:
-    """What a table filled block by block holds in buckets `asked` (S, …) at `positions` (S,)."""
-    table = bucket.new_zeros(buckets, dtype=torch.int32)
-    answers = torch.zeros_like(asked, dtype=torch.int32)
-    for low, high in itertools.pairwise([0, *range(block + 1, len(bucket), block), len(bucket)]):
-        rows = slice(bisect.bisect_left(positions, max(low, order - 1)), bisect.bisect_left(positions, high))
-        answers[rows] = table[asked[rows]]
-        added = bucket[low + order - 1 : high]
-        table.index_add_(0, added, torch.ones_like(added, dtype=torch.int32))
-    return answers.cpu().numpy()
+        counts, whole = [], block_of == block_of.roll(order - 1)
+        whole[: order - 1] = False
+        own = context[where]
+        for added, asked in ((context, own), (context ^ tokens * multiplier, own ^ target * multiplier)):
+            keys = _sorted(((added & mask) << 31 | block_of)[whole])
+            first = (asked & mask) << 31
+            low, high = (torch.searchsorted(keys, key, out_int32=True) for key in (first, first | block_of[where]))
+            counts.append((high - low).cpu().numpy())
+        yield NgramCounts(*counts)
 
 
 # 10. Machinery ------------------------

@@ -280,7 +280,10 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
 # 2. Config ------------------------
 # In: environment variables. Out: one frozen object, checked before anything starts. A value is that of the variable,
 # else of the recipe, else the default below.
-def number(default: float, meaning: str, low: float, high: float) -> Any:
+LARGE = 10**9
+
+
+def number(default: float, meaning: str, low: float = 0, high: float = LARGE) -> Any:
     return setting(default, meaning, f"a value from {low:g} to {high:g}", lambda value: low <= value <= high)
 
 
@@ -291,9 +294,6 @@ def choice(default: Any, meaning: str, *choices: Any) -> Any:
 def setting(default: Any, meaning: str, allowed: str = "", fits: Callable[[Any], bool] = lambda _: True) -> Any:
     """A field of Config; `allowed` says which values fit, "": all of its type."""
     return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, fits=fits))
-
-
-LARGE = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,8 +310,8 @@ class Config:
     attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
     compile: bool | None = setting(None, "auto: on CUDA only")
     compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where native", "auto", "bf16", "fp32")
-    join_seconds: float = number(900.0, "how long ranks wait for each other", 1, 1e6)
-    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end", 0, 1e7)
+    join_seconds: float = number(900.0, "how long ranks wait for each other", 1)
+    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end")
     checkpoint_keep: int = number(2, "newest ones of a run that stay on disk", 1, 1000)
     resume: str = setting("", "auto: from the newest whole checkpoint, if any; or a path")
     eval_only: bool = setting(False, "score ARTIFACT without training")
@@ -333,9 +333,6 @@ class Config:
     bigram_start_bucket: bool = setting(True, "position 0 has its own; else token 0 precedes it")
     zero_init_out: bool = setting(True, "output and down projections start at 0, else small")
     smear_bos_mask: bool = setting(True, "SmearGate stops at a document's start")
-    parallel_residual_from: int = number(64, "from this layer on attention and MLP read one input", 0, 64)
-    repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run twice")
-    repeat_from: float = number(0.4, "share of the training before that", 0, 0.95)
     xsa_last_n: int = number(4, "last layers whose heads drop their own value's direction (XSA)", 0, 64)
     rope_dims: int = number(16, "rotated dimensions of a head; 0: all", 0, 512)
     rope_base: float = number(10_000.0, "of the rotary angles", 10, 1e8)
@@ -346,88 +343,86 @@ class Config:
     mtp_num_heads: int = number(0, "heads that predict further ahead in training", 0, 8)
     mtp_loss_weight: float = number(0.1, "of their mean loss", 0, 1)
 
-    train_batch_tokens: int = number(786_432, "of one step, over all ranks", 1, 2**30)
-    micro_batch_tokens: int = number(0, "most in a rank's forward pass; 0: what memory allows", 0, 2**30)
+    train_batch_tokens: int = number(786_432, "of one step, over all ranks", 1)
+    micro_batch_tokens: int = number(0, "most in a rank's forward pass; 0: what memory allows")
     shuffle: bool = setting(True, "sequences in random order; 0: front to back")
     train_seq_len: int = number(2048, "tokens of a training sequence", 2, 2**20)
-    iterations: int = number(20_000, "steps", 1, LARGE)
-    max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none", 0, 1e7)
+    iterations: int = number(20_000, "steps", 1)
+    max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none")
     warmup_steps: int = number(20, "that compile and are then undone", 0, 1000)
-    warmdown_iters: int = number(3700, "last steps, in which the LR scale falls", 0, LARGE)
-    min_lr: float = number(0.0, "LR scale at the end", 0, 1)
-    matrix_lr: float = number(0.027, "of the banks (Muon)", 0, 10)
-    tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables", 0, 10)
-    embed_lr: float = number(0.6, "of an untied token embedding", 0, 10)
-    head_lr: float = number(0.008, "of MTP heads and an untied output head", 0, 10)
-    scalar_lr: float = number(0.025, "of gains, scales and small projections", 0, 10)
+    warmdown_iters: int = number(3700, "last steps, in which the LR scale falls")
+    matrix_lr: float = number(0.027, "of the banks (Muon)")
+    tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables")
+    embed_lr: float = number(0.6, "of an untied token embedding")
+    head_lr: float = number(0.008, "of MTP heads and an untied output head")
+    scalar_lr: float = number(0.025, "of gains, scales and small projections")
     muon_momentum: float = number(0.99, "of Muon", 0, 0.9999)
     muon_momentum_warmup_start: float = number(0.92, "its first value", 0, 0.9999)
-    muon_momentum_warmup_steps: int = number(1500, "steps until it is MUON_MOMENTUM", 0, LARGE)
+    muon_momentum_warmup_steps: int = number(1500, "steps until it is MUON_MOMENTUM")
     muon_steps: int = number(5, "Newton–Schulz iterations", 1, 20)
-    muon_eq_rows: bool = setting(False, "normalises rows before them (MuonEq-R)")
     muon_wd: float = number(0.04, "weight decay of Muon", 0, 1)
     adam_wd: float = number(0.04, "weight decay of AdamW", 0, 1)
     beta1: float = number(0.9, "of AdamW", 0, 0.9999)
     beta2: float = number(0.95, "of AdamW", 0, 0.999999)
     adam_eps: float = number(1e-8, "of AdamW", 1e-20, 1)
-    grad_clip_norm: float = number(0.3, "largest gradient norm; 0: any", 0, 1e6)
+    grad_clip_norm: float = number(0.3, "largest gradient norm; 0: any")
     swarm_enabled: bool = setting(False, "agents vote on QAT, clipping, KG and MTP weight")
-    swarm_every: int = number(800, "steps between votes", 1, LARGE)
+    swarm_every: int = number(800, "steps between votes", 1)
     kg_enabled: bool = setting(False, "use the knowledge-graph blob")
     kg_init_scale: float = number(0.1, "tok_emb[id] *= 1 + KG_INIT_SCALE · importance", 0, 10)
     kg_weight: float = number(0.3, "loss weights 1 + KG_WEIGHT · importance, at mean 1", 0, 1)
     kg_path: str = setting("", "file of the blob; empty: the one in kg_data.py")
     weight_average: str = choice("ema", "of the artifact's weights", "ema", "swa", "none")
     ema_decay: float = number(0.997, "of the EMA, less in the first steps", 0, 0.999999)
-    swa_every: int = number(50, "steps between SWA's snapshots", 1, LARGE)
+    swa_every: int = number(50, "steps between SWA's snapshots", 1)
     swa_start_scale: float = number(0.5, "LR scale below which they begin", 0, 1)
     qat_bits: int = choice(6, "of the banks; 0: no QAT, 6 in the artifact", 0, 5, 6, 7, 8)
     attn_bits: int = choice(0, "of the attention banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
     mlp_bits: int = choice(0, "of the MLP banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
     embed_bits: int = choice(8, "of embeddings, output head and large tables; 16: fp16", 5, 6, 7, 8, 16)
-    crown_q_lambda: float = number(0.0, "of the CROWN-Q penalty while QAT is on", 0, 1e12)
+    crown_q_lambda: float = number(0.0, "of the CROWN-Q penalty while QAT is on")
     late_qat_threshold: float = number(0.15, "LR scale below which QAT begins; 1: at once", 0, 1)
-    val_loss_every: int = number(4000, "steps between validations; 0: at the end", 0, LARGE)
-    train_log_every: int = number(500, "steps between log lines", 1, LARGE)
+    val_loss_every: int = number(4000, "steps between validations; 0: at the end")
+    train_log_every: int = number(500, "steps between log lines", 1)
 
     compressor: str = choice("zstd", "of the artifact", "zstd", "brotli")
     fit_bytes: bool = setting(True, "coarser integers where the limit is passed")
     quantizer: str = choice("lite", "gptq is calibrated on training data", "lite", "gptq")
-    train_reserve_seconds: float = number(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration", 0, 1e7)
-    calibration_tokens: int = number(262_144, "over all ranks, after the last step's", 1, 2**40)
-    clip_std: float = number(0.0, "of banks, in row deviations; 0: best quantile", 0, 1000)
-    embed_clip_std: float = number(0.0, "of embeddings, output head and tables", 0, 1000)
+    train_reserve_seconds: float = number(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration")
+    calibration_tokens: int = number(262_144, "over all ranks, after the last step's", 1)
+    clip_std: float = number(0.0, "of banks, in row deviations; 0: best quantile")
+    embed_clip_std: float = number(0.0, "of embeddings, output head and tables")
     prune_fraction: float = number(0.0, "of a bank's weights, the smallest, become 0", 0, 0.95)
 
-    val_tokens: int = number(0, "first targets to score; 0: all", 0, 2**40)
+    val_tokens: int = number(0, "first targets to score; 0: all")
     sample_seed: int = number(0, "of the targets at which mass and gap are checked; 0: by artifact", 0, 2**63 - 1)
     eval_seq_len: int = number(2048, "tokens of a scoring window", 2, 2**20)
     eval_stride: int = number(64, "new targets of a sliding window", 1, 2**20)
     eval_batch_seqs: int = number(32, "windows of one forward pass", 1, 65_536)
     ttt_enabled: bool = setting(False, "score-first test-time training")
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
-    ttt_lr: float = number(0.002, "its first learning rate", 0, 10)
-    ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks", 0, 100)
+    ttt_lr: float = number(0.002, "its first learning rate")
+    ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks")
     ttt_momentum: float = number(0.9, "of SGD", 0, 0.9999)
     ttt_epochs: int = number(3, "passes over a scored chunk", 1, 1000)
-    ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1, 2**40)
+    ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1)
     ttt_freeze_blocks: int = number(2, "first blocks that are not trained", 0, 64)
     ttt_scope: str = choice("all", "last: banks of unfrozen blocks, all gains, no tables", "all", "last")
     ttt_batch_seqs: int = number(32, "sequences of one update", 1, 65_536)
-    ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: any", 0, 1e6)
+    ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: any")
     ttt_byte_weighted: bool = setting(False, "targets weigh as their bytes")
     ttt_temperature: float = number(1.0, "of a certain prediction; 1: none", 0.9, 1.05)
     polyak_decay: float = number(0.0, "of the average that scores; 0: none", 0, 0.999999)
     mixer: str = choice("none", "of the scores with n-gram counts", "none", "backoff", "backoff-published", "hedge")
-    mixer_eta: float = number(0.1, "learning rate of hedge's weights", 0, 100)
+    mixer_eta: float = number(0.1, "learning rate of hedge's weights")
     ngram_order: int = number(10, "longest n-gram", 2, 20)
     ngram_counts: str = choice("exact", "hashed: as published, INVALID", "exact", "hashed")
     ngram_buckets: int = number(4_194_304, "of hashed counts", 1, 2**32)
-    ngram_block: int = number(8192, "targets that they take in at once", 1, 2**40)
-    ngram_min_count: int = number(1, "of a context, for the published rule", 1, LARGE)
+    ngram_block: int = number(8192, "targets that they take in at once", 1)
+    ngram_min_count: int = number(1, "of a context, for the published rule", 1)
     alpha_base: float = number(0.20, "least share of n-grams in the published rule", 0, 1)
     alpha_range: float = number(0.55, "what a high neural entropy adds to it", 0, 1)
-    alpha_center: float = number(3.0, "entropy in nats at which it adds half", 0, 100)
+    alpha_center: float = number(3.0, "entropy in nats at which it adds half")
     entropy_expert: bool = setting(False, "hedge's fifth as published, no distribution")
 
     @classmethod
@@ -464,8 +459,7 @@ class Config:
             self._expect(each.metadata["fits"](getattr(self, each.name)), each.name, allowed_text(each))
         layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
         cap, reserve, hashed = self.max_wallclock_seconds, self.train_reserve_seconds, self.ngram_counts == "hashed"
-        stack, some_layers, rotated = set(range(layers)), f"layers from 0 to {layers - 1}", self.rope_dims or width
-        embedded, repeated = self.ve_layers, self.repeat_layers
+        stack, embedded, rotated = set(range(layers)), self.ve_layers, self.rope_dims or width
         rules = (
             (self.model_dim % self.num_heads == 0, "model_dim", "a multiple of NUM_HEADS"),
             (width % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -473,9 +467,7 @@ class Config:
             (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "a whole product with MODEL_DIM"),
             (rotated in range(4, width + 1, 2), "rope_dims", f"0 (all) or an even number from 4 to {width}"),
             (self.xsa_last_n <= layers, "xsa_last_n", "at most NUM_LAYERS"),
-            (len(stack.intersection(embedded)) == len(embedded), "ve_layers", f"different {some_layers}"),
-            (stack.issuperset(repeated), "repeat_layers", some_layers),
-            (all(b - a == 1 for a, b in itertools.pairwise(repeated)), "repeat_layers", "neighbours in their order"),
+            (len(stack & {*embedded}) == len(embedded), "ve_layers", f"different layers from 0 to {layers - 1}"),
             (self.eval_stride <= self.eval_seq_len, "eval_stride", "at most EVAL_SEQ_LEN"),
             # A shorter chunk would be trained on before all of it is scored.
             (not ttt or self.ttt_chunk_tokens >= self.eval_seq_len, "ttt_chunk_tokens", "at least EVAL_SEQ_LEN"),
@@ -554,13 +546,9 @@ NOT_TRAINING = (
     "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
 )  # fmt: skip
 
-FRONTIER = dict(  # what public work has shown to help
-    qk_gain_init=5.0, min_lr=0.05, muon_eq_rows=True, ema_decay=0.9965, quantizer="gptq", ttt_enabled=True,
-    mixer="backoff",
-)  # fmt: skip
 SMALL = dict(  # for a CPU
-    bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_chunk_tokens=8192,
-    ttt_batch_seqs=8,
+    bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_enabled=True,
+    ttt_chunk_tokens=8192, ttt_batch_seqs=8, mixer="backoff",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -580,23 +568,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         rope_train_len=0, ln_scale=False, ve_layers=(), matrix_lr=0.025, warmdown_iters=3000, late_qat_threshold=1.0,
         weight_average="swa", embed_bits=16, ttt_enabled=True,
     ),
-    "frontier": dict(
-        **FRONTIER, bigram_vocab_size=3072, bigram_dim=112, xsa_last_n=11, parallel_residual_from=7,
-        repeat_layers=(4, 5), muon_momentum=0.97, train_reserve_seconds=8.0,
-    ),
     "laptop": dict(
-        **FRONTIER, **SMALL, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64,
-        ve_layers=(4, 5), parallel_residual_from=4, repeat_layers=(2, 3), train_seq_len=512, train_batch_tokens=16_384,
-        warmdown_iters=100, val_loss_every=0, train_log_every=20, train_reserve_seconds=15.0,
-        calibration_tokens=16_384, swarm_every=20, eval_seq_len=512,
+        **SMALL, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=2, ve_dim=64, ve_layers=(4, 5),
+        train_seq_len=512, train_batch_tokens=16_384, warmdown_iters=100, val_loss_every=0, train_log_every=20,
+        swarm_every=20, eval_seq_len=512,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
         num_kv_heads=1, ve_layers=(2,), ve_dim=32, xsa_last_n=1, rope_train_len=256, mtp_num_heads=1,
         train_seq_len=256, train_batch_tokens=2048, iterations=500, warmdown_iters=250,
         max_wallclock_seconds=80.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85, ema_decay=0.95,
-        val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_enabled=True, ttt_epochs=1,
-        ttt_freeze_blocks=1, ttt_lr=0.01, mixer="backoff",
+        val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_epochs=1, ttt_freeze_blocks=1,
+        ttt_lr=0.01,
     ),
 }  # fmt: skip
 
@@ -987,7 +970,6 @@ class GPT(nn.Module):
         L, D, V = config.num_layers, config.model_dim, config.vocab_size
         self.config, self.attend = config, attend or sdpa_attention
         self.compute_dtype = COMPUTE_DTYPES.get(config.compute_dtype)
-        self.repeats = True  # whether REPEAT_LAYERS are run twice, as in the finished model
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, D))
@@ -1071,22 +1053,15 @@ class GPT(nn.Module):
             value_embeds = {layer: shared * scale.to(x.dtype) for layer, scale in scales}
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
         skips: list[Tensor] = []
-        for layer, again in self._layer_order():
+        for layer, block in enumerate(self.blocks):
             decoder_layer = layer - len(skip_weights)
-            if decoder_layer >= 0 and skips and not again:
+            if decoder_layer >= 0 and skips:
                 x = x + skip_weights[decoder_layer] * skips.pop()
             context = LayerContext(rope, value_embeds.get(layer), self.attend, layer, probe)
-            x = self.blocks[layer](x, x0, weights[layer], context)
-            if decoder_layer < 0 and not again:
+            x = block(x, x0, weights[layer], context)
+            if decoder_layer < 0:
                 skips.append(x)
         return rms_norm(x)
-
-    def _layer_order(self) -> list[tuple[int, bool]]:
-        """The layers as they are run, and whether again, which takes no part in the skips (pull request 1204)."""
-        once = [(layer, False) for layer in range(self.config.num_layers)]
-        again = [(layer, True) for layer in self.config.repeat_layers if self.repeats]
-        behind = again[-1][0] + 1 if again else 0
-        return [*once[:behind], *again, *once[behind:]]
 
     def _softcapped(self, hidden: Tensor, head: Tensor) -> Tensor:
         cap = self.config.logit_softcap
@@ -1155,7 +1130,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention then MLP, or both on one input (pull request 1204): normalised, with a learned gain per channel."""
+    """Attention then MLP, each on a normalised input and with a learned gain per channel."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -1165,14 +1140,13 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(D), torch.zeros(D)]))
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
-        self.leaky_slope, self.parallel = config.leaky_slope, layer >= config.parallel_residual_from
+        self.leaky_slope = config.leaky_slope
 
     def forward(self, x: Tensor, x0: Tensor, weights: LayerWeights, context: LayerContext) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        attn_in = rms_norm(x) * self.norm_scale
-        x = x + self.attn_scale.to(x.dtype) * self.attn(attn_in, weights, context)
-        mlp_in = attn_in if self.parallel else rms_norm(x) * self.norm_scale
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, weights, context)
+        mlp_in = rms_norm(x) * self.norm_scale
         context.record("mlp_in", mlp_in)
         hidden = F.leaky_relu(F.linear(mlp_in, weights.up), self.leaky_slope).square()
         context.record("mlp_hidden", hidden)
@@ -1496,8 +1470,6 @@ class Muon:
             momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
             shard.momentum = torch.where(finite, momentum_now, shard.momentum)
             nesterov = shard.own_grad.add(momentum_now, alpha=momentum)
-            if self.config.muon_eq_rows:  # pull request 1217
-                nesterov = F.normalize(nesterov, dim=-1)
             update = self.newton_schulz(nesterov.to(self.dtype), self.config.muon_steps).float()
             updated = (shard.own_values * (1 - lr * self.config.muon_wd)).add_(update, alpha=-lr * shard.lr_ratio)
             updated = torch.where(finite, updated, shard.own_values)
@@ -1561,12 +1533,11 @@ def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
-    """1, then linear to MIN_LR over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
+    """1, then linear to 0 over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
     remaining = config.iterations - step
     if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
         remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
-    share = min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
-    return config.min_lr + (1 - config.min_lr) * share
+    return min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
 
 
 def muon_momentum_at(config: Config, step: int) -> float:
@@ -1696,8 +1667,6 @@ class Trainer:
         if not self.controls.qat and self.qat_due(lr_scale):
             self.controls.qat = True
             self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=config.bits_label)
-        progress = max(self.step / config.iterations, self.elapsed_s / (config.training_seconds or math.inf))
-        self.model.repeats = progress >= config.repeat_from
         grad_norm = self.train_step(self.step, lr_scale)
         self.skipped_on_host.copy_(self.optimizers.skipped, non_blocking=True)
         self.step += 1
@@ -1779,8 +1748,7 @@ class Trainer:
         began, saved = time.perf_counter(), copied_to_cpu(self.state_dict())
         for step in range(config.warmup_steps):
             self.log.progress(step, config.warmup_steps, "warm-up")
-            graphs = itertools.product({False, config.qat_bits > 0}, {not config.repeat_layers, True})
-            for self.controls.qat, self.model.repeats in graphs:
+            for self.controls.qat in {False, config.qat_bits > 0}:
                 self.train_step(step, lr_scale=1.0)
         self.load_state_dict(saved)
         self.log.row("warmup", steps=config.warmup_steps, time_s=time.perf_counter() - began)
@@ -1997,10 +1965,10 @@ def save_artifact(
         payload = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
         ratio = payload / max(entropy, 1.0)
         log.row("packing", payload=payload, order0_entropy=round(entropy), ratio=ratio, **used.coarseness)
-        # The integers share a code, so each tensor gets of the file what it has of the sum of all packed alone.
-        keys = ([name, f"{name}.levels", f"{name}.scale"] for name in model.plan)
-        alone = [len(pack({key: tensors[key] for key in own if key in tensors})) - len(pack({})) for own in keys]
-        ends = np.rint(np.cumsum([0, *alone]) * (len(packed) / sum(alone))).astype(int)
+        # The integers share a code: each tensor gets of the file what it has of their entropy and the other sizes.
+        share = {name: order0_entropy_bytes({name: t}) or t.nbytes for name, t in tensors.items()}
+        parts = [sum(share.get(name + end, 0) for end in ("", ".levels", ".scale")) for name in model.plan]
+        ends = np.rint(np.cumsum([0, *parts]) * (len(packed) / sum(parts))).astype(int)
         log.tell("tensor_bytes", bytes=dict(zip(model.plan, np.diff(ends).tolist())), codec=model.plan)
     write_artifact_file(path, packed)
     return len(packed)
@@ -3300,8 +3268,7 @@ def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
         memory = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
     else:
         memory = 0.5 * cpu_memory() / runtime.local_world_size
-    layers = config.num_layers + len(config.repeat_layers)
-    per_token = layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
+    per_token = config.num_layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
     per_token += (1 + config.mtp_num_heads) * config.vocab_size * 20
     return max(min(int(memory / per_token), MOST_MICRO_BATCH_TOKENS), config.train_seq_len)
 

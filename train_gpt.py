@@ -184,9 +184,11 @@ def train_artifact(
     """Train a model, average its weights and write the artifact; from a checkpoint only what is missing of that."""
     trainer = make_trainer(config, runtime, log, tokenizer, validation, checkpoints)
     state, source = checkpoints.find_training()
-    if config.resume and state is None:
+    if state is not None:
+        trainer.resume(state, source)
+    elif config.resume:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
-    trainer.train(state, source)
+    trainer.train()
     line, mib = runtime.peak_memory()
     log.row("memory", head=line, told=mib)
     trainer.average.apply()
@@ -1622,13 +1624,8 @@ class Trainer:
         self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.device.type == "cuda")
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
-    def train(self, state: State | None = None, source: str = "") -> None:
-        """Train until ITERATIONS or the wallclock cap, from `state` if there is one, validating on the way.
-
-        Raises ConfigError and CheckpointError for a state that is not of this run, UserError, Stopped.
-        """
-        if state is not None:
-            self.resume(state, source)
+    def train(self) -> None:
+        """Go on until ITERATIONS or the wallclock cap, validating on the way. Raises UserError, Stopped."""
         if self.finished:
             return
         self.warm_up()
@@ -1654,8 +1651,8 @@ class Trainer:
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
         self.log.row("compilations_in_timed_window", count=self.clock.compilations)
-        for line in self.swarm.summary() if self.swarm else ():
-            self.log.line(line)
+        if self.swarm:
+            self.log.line("\n".join(self.swarm.summary()))
         self.finished = True
         self.save()
 
@@ -1735,8 +1732,7 @@ class Trainer:
         values = vars(controls) | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
         qat, *further = self.runtime.from_main(*values.values())
         self.controls = Controls(bool(qat), *further)
-        for line in mesh.log_lines():
-            self.log.line(line)
+        self.log.line("\n".join(mesh.log_lines()))
         for row in mesh.rows():
             self.log.tell("vote", step=self.step, **row)
 
@@ -1797,9 +1793,7 @@ class Trainer:
     def save(self) -> None:
         """Copy the state to rank 0's memory; a thread writes it while training goes on."""
         began, self.saved_at_s = time.perf_counter(), self.elapsed_s
-        state = self.state_dict()
-        if self.runtime.is_main:
-            self.checkpoints.save_step(self.step, state, began)
+        self.checkpoints.save_step(self.step, self.state_dict(), began)
 
     def state_dict(self) -> State:
         """All that a resumed run needs. A collective: each rank owns a part of the momentum."""
@@ -1816,7 +1810,7 @@ class Trainer:
         own, found = flattened(self.state_dict() | {"config": {}, "identity": {}}), flattened(state)
         require_same_kinds(own, found)
         for path, leaf in own.items():
-            if isinstance(leaf, Tensor):  # most are those in use, which a copy is all that they need
+            if isinstance(leaf, Tensor):  # weights, moments and averages: the very tensors in use
                 leaf.copy_(found[path])
         for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
             shard.load_momentum(state["optimizers"]["muon"][name])
@@ -1833,7 +1827,7 @@ class Trainer:
         self.skipped_reported = float(self.skipped_on_host[1])
 
     def resume(self, state: State, source: str) -> None:
-        """Raises ConfigError for a state of other settings or data, CheckpointError for one that makes no sense."""
+        """Go on from a state. Raises ConfigError for one of other settings or data, CheckpointError for an odd one."""
         try:
             ours, stored = json.loads(self.config.to_json()), state["config"]
             names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != stored[name]]

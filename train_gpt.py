@@ -38,7 +38,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import sys
 import textwrap
 import threading
@@ -3033,7 +3032,7 @@ class Runtime:
             raise ConfigError(f"RANK={self.rank} with WORLD_SIZE={self.world_size} cannot be: {advice}")
         self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.timeout = datetime.timedelta(seconds=config.join_seconds)
-        self.meeting_place = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+        self.meeting_place = f"MASTER_ADDR={environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
         self.device = self._pick_device(config.device)
         self.control_group: Any = None
         self.signal, self.signalled_at = 0, 0.0
@@ -3067,7 +3066,11 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            announcement = self._announce_waiting()
+            limit_s = self.timeout.total_seconds()
+            text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at {self.meeting_place}, "
+            text += f"{limit_s:g} s at most (JOIN_SECONDS)\n"
+            announcement = threading.Timer(min(5.0, limit_s / 2), sys.stderr.write, [text])
+            announcement.start()
             try:
                 self._join()
             except (RuntimeError, OSError, ValueError) as error:
@@ -3077,19 +3080,6 @@ class Runtime:
                 announcement.cancel()
         self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]
         return self
-
-    def _announce_waiting(self) -> threading.Timer:
-        """Tell on stderr whom this rank waits for, at once where the address is unknown, else after 5 s."""
-        (address, port), delay_s, known = self.meeting_place, 5.0, ""
-        try:
-            socket.getaddrinfo(address or None, 0)
-        except (OSError, UnicodeError) as error:
-            delay_s, known = 0.0, f", which cannot be resolved ({error})"
-        text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at MASTER_ADDR={address}:{port}{known}"
-        limit = f", for {self.timeout.total_seconds():g} s at most (JOIN_SECONDS)\n"
-        timer = threading.Timer(delay_s, lambda: sys.stderr.write(text + limit))
-        timer.start()
-        return timer
 
     def _join(self) -> None:
         backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)

@@ -38,7 +38,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import sys
 import textwrap
 import threading
@@ -49,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -220,8 +219,8 @@ def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoi
             save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        shown = {"quantizer": "gptq" if hessians else "lite", "artifact": str(config.artifact_path)}
-        log.row("quantization", time_s=time.perf_counter() - began, **shown)
+        time_s, quantizer = time.perf_counter() - began, "gptq" if hessians else "lite"
+        log.row("quantization", time_s=time_s, quantizer=quantizer, artifact=str(config.artifact_path))
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -2035,8 +2034,8 @@ def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     code = code_bytes()
     total = code + artifact_bytes
     log.row("artifact_bytes", "", f"Serialized model {label}: {artifact_bytes} bytes", dict(bytes=artifact_bytes))
-    files = [path.name for path in code_paths()]
-    log.row("code_bytes", "", f"Code size: {code} bytes", dict(bytes=code, files=files))
+    told = dict(bytes=code, files=[path.name for path in code_paths()])
+    log.row("code_bytes", "", f"Code size: {code} bytes", told)
     told = dict(bytes=total, limit=SIZE_LIMIT_BYTES)
     log.row("total_bytes", "", f"Total submission size {label}: {total} bytes", told)
     if total > SIZE_LIMIT_BYTES:
@@ -2146,13 +2145,14 @@ def quantize(
 
 def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
     """Undo `quantize`, in fp32. Raises KeyError for a missing tensor."""
-
-    def decoded(name: str, codec: str) -> Tensor:
-        if not codec.startswith("int"):
-            return tensors[name].float()
-        return Grid(int(codec.removeprefix("int"))).decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
-
-    return {name: decoded(name, codec) for name, codec in plan.items()}
+    state = {}
+    for name, codec in plan.items():
+        if codec.startswith("int"):
+            grid = Grid(int(codec.removeprefix("int")))
+            state[name] = grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
+        else:
+            state[name] = tensors[name].float()
+    return state
 
 
 def smallest(weight: Tensor, fraction: float) -> Tensor:
@@ -2164,14 +2164,12 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
 
 def best_rounding(weight: Tensor, grid: Grid, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """(levels, scale), each row with the scale that loses least."""
-    scale, *others = candidate_scales(weight, grid)
-    levels, error = rounding(scale)
-    for other_scale in others:
-        other_levels, other_error = rounding(other_scale)
-        better = other_error < error
-        levels, scale = torch.where(better, other_levels, levels), torch.where(better, other_scale, scale)
-        error = torch.minimum(error, other_error)
-    return levels, scale
+    best: list[Tensor] = []  # error, levels, scale
+    for scale in candidate_scales(weight, grid):
+        levels, error = rounding(scale)
+        tried = [error, levels, scale]
+        best = [torch.where(error < best[0], *pair) for pair in zip(tried, best)] if best else tried
+    return best[1], best[2]
 
 
 def candidate_scales(weight: Tensor, grid: Grid) -> Iterator[Tensor]:
@@ -2282,7 +2280,7 @@ def decompress(stream: bytes) -> bytes:
     fault = library.error if brotli else library.ZstdError
     try:
         if brotli:
-            payload = library.Decompressor().process(stream[len(BROTLI_MAGIC) :], output_buffer_limit=most)
+            payload = library.Decompressor().process(stream.removeprefix(BROTLI_MAGIC), output_buffer_limit=most)
         else:
             claimed = library.get_frame_parameters(stream).content_size
             payload = library.ZstdDecompressor().decompress(stream) if claimed < most else b""
@@ -2393,7 +2391,7 @@ def score_then_adapt(
         first, last = np.searchsorted(window_ends, (start, stop), side="right")
         scores.append(scorer.score_all(windows, int(first), int(last)))
         lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < validation.num_targets else 0.0
-        if log is not None:
+        if log:
             nats, size = -scores[-1][0].sum(dtype=np.float64), validation.bytes[start:stop].sum(dtype=np.int64)
             so_far += nats / math.log(2), size
             bpb, bpb_so_far = nats / math.log(2) / max(size, 1), so_far[0] / max(so_far[1], 1)
@@ -2429,8 +2427,8 @@ class TestTimeTrainer:
         else:
             self.optimizer = torch.optim.AdamW(trained, config.ttt_lr, weight_decay=0.0)
         self.average = copy.deepcopy(model) if config.polyak_decay else model  # Polyak's, which scores
-        models = self.average, model
-        self.averaged, self.trained = ([p.detach() for p in m.parameters() if p.requires_grad] for m in models)
+        self.trained = [p.detach() for p in trained]
+        self.averaged = [p.detach() for p in self.average.parameters() if p.requires_grad]
 
     def learning_rate(self, chunk: int, num_chunks: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
@@ -2597,8 +2595,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
         probe = MassProbe(scores.targets + 1, scores.sampled, scores.entropy[scores.targets])
         tokens = torch.from_numpy(validation.tokens.astype(np.int64)).to(runtime.device)
         logp = mix_scores(mixer, tokens, scores.logp, scores.entropy, probe)
-        worst = np.abs(probe.mass - 1).max()
-        sums = [float(total) for total in (logp.sum(), probe.mass.mean(), worst, probe.gap.max())]
+        sums = [logp.sum(), probe.mass.mean(), np.abs(probe.mass - 1).max(), probe.gap.max()]
     total_logp, mass, worst, gap = runtime.from_main(*sums)
     result = score_of(total_logp, validation, valid=worst <= MASS_TOLERANCE and gap <= GAP_TOLERANCE)
     seconds = time.perf_counter() - began
@@ -3027,7 +3024,7 @@ class Runtime:
             raise ConfigError(f"RANK={self.rank} with WORLD_SIZE={self.world_size} cannot be: {advice}")
         self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.timeout = datetime.timedelta(seconds=config.join_seconds)
-        self.meeting_place = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+        self.meeting_place = f"MASTER_ADDR={environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
         self.device = self._pick_device(config.device)
         self.control_group: Any = None
         self.signal, self.signalled_at = 0, 0.0
@@ -3061,7 +3058,11 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            announcement = self._announce_waiting()
+            limit_s = self.timeout.total_seconds()
+            text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at {self.meeting_place}, "
+            text += f"{limit_s:g} s at most (JOIN_SECONDS)\n"
+            announcement = threading.Timer(min(5.0, limit_s / 2), sys.stderr.write, [text])
+            announcement.start()
             try:
                 self._join()
             except (RuntimeError, OSError, ValueError) as error:
@@ -3071,19 +3072,6 @@ class Runtime:
                 announcement.cancel()
         self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]
         return self
-
-    def _announce_waiting(self) -> threading.Timer:
-        """Tell on stderr whom this rank waits for, at once where the address is unknown, else after 5 s."""
-        (address, port), delay_s, known = self.meeting_place, 5.0, ""
-        try:
-            socket.getaddrinfo(address or None, 0)
-        except (OSError, UnicodeError) as error:
-            delay_s, known = 0.0, f", which cannot be resolved ({error})"
-        text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at MASTER_ADDR={address}:{port}{known}"
-        limit = f", for {self.timeout.total_seconds():g} s at most (JOIN_SECONDS)\n"
-        timer = threading.Timer(delay_s, lambda: sys.stderr.write(text + limit))
-        timer.start()
-        return timer
 
     def _join(self) -> None:
         backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
@@ -3147,13 +3135,13 @@ class Runtime:
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
         """Start summing `full` over ranks into this rank's `shard`; wait on the result before reading it."""
-        operation = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
-        return cast(dist.Work, operation(shard, full, async_op=True))
+        operation: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
+        return operation(shard, full, async_op=True)
 
     def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
         """Start collecting all ranks' `shard` in `full`."""
-        operation = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return cast(dist.Work, operation(full, shard, async_op=True))
+        operation: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return operation(full, shard, async_op=True)
 
     def from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
@@ -3466,14 +3454,6 @@ class Checkpoints:
             self.log.row("checkpoint_failed", f"{error.strerror}: free space, or set OUT_DIR", file=self.cost["file"])
         self.pending = None
 
-    def read(self, path: Path) -> tuple[bytes, State]:
-        """A checkpoint's bytes and state. Raises CheckpointError."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path} (RESUME): {error.strerror}") from error
-        return content, read_state(content, path)
-
     def find_training(self) -> tuple[State | None, str]:
         """What RESUME goes on from, and its path. Raises CheckpointError when the file that it names is not whole."""
         resume = self.config.resume
@@ -3485,12 +3465,14 @@ class Checkpoints:
         content, state = b"", None
         for path in candidates if self.runtime.is_main else ():
             try:
-                (content, state), self.newest = self.read(path), str(path)
+                found = path.read_bytes()
+                state, content, self.newest = read_state(found, path), found, str(path)
                 break
-            except CheckpointError as error:
+            except (OSError, CheckpointError) as error:
+                text = f"cannot read {path} (RESUME): {error.strerror}" if isinstance(error, OSError) else str(error)
                 if path == Path(self.config.resume):
-                    raise
-                self.log.row("checkpoint_skipped", str(error))
+                    raise CheckpointError(text) from error
+                self.log.row("checkpoint_skipped", text)
         content = self.runtime.bytes_from_main(content)
         return state if self.runtime.is_main or not content else read_state(content, "rank 0's checkpoint")
 

@@ -865,7 +865,8 @@ class Rehearsal:
             validation = self.validation()
             with recorder.recording():
                 checkpoints = train_gpt.Checkpoints(self.config, runtime, log)
-                train_gpt.train_artifact(self.config, runtime, log, self.tokenizer, validation, checkpoints)
+                objects = self.config, runtime, log, self.tokenizer, validation, checkpoints
+                train_gpt.train_artifact(train_gpt.make_trainer(*objects))
             log.close()
         return Training(self.config.artifact_path.read_bytes(), recorder.opened, recorder.problems, arrivals.lines)
 

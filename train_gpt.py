@@ -38,7 +38,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import sys
 import textwrap
 import threading
@@ -49,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A variable, or a combination of variables, that cannot work."""
+    """A variable, or a combination of them, that cannot work."""
 
 
 class DataError(UserError):
@@ -107,7 +106,7 @@ def require(package: str, purpose: str) -> Any:
 
 
 # 1. Spine ------------------------
-# In: the environment. Out: one score, its log, and the artifact. Read these to know what the program does.
+# In: the environment. Out: one score, its log, and the artifact.
 def main(arguments: Sequence[str] = ()) -> int:
     """Returns the exit code: 2 after an error that a user can mend, said in one line; 128 + number after a signal."""
     replace_closed_streams()
@@ -149,16 +148,16 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
-    log.row("validation", validation.note, targets=targets, bytes=total, digest=digest[:16])
+    shown: State = dict(targets=validation.num_targets, bytes=validation.total_bytes, digest=validation.digest[:16])
+    log.row("validation", validation.note, **shown)
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
-    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
+    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
     path = config.artifact_path
     if not config.eval_only:
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
             require(package, "writing the artifact")  # said now, not after the training
-        path = train_artifact(config, runtime, log, tokenizer, validation, checkpoints)
+        path = train_artifact(make_trainer(config, runtime, log, tokenizer, validation, checkpoints))
     content = runtime.bytes_from_main(read_artifact(path) if runtime.is_main else b"")
     model, _, metadata = load_artifact(path, attend, content)
     if metadata["tokenizer"] != tokenizer.digest:
@@ -170,60 +169,55 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
     model.compute_dtype = COMPUTE_DTYPES[config.compute_dtype]
     settings = f"{config.portable().to_json()} {config.compute_dtype} {runtime.world_size}"
-    finished = FinishedStages(checkpoints, digest_of(content, digest, settings, *code_paths()))
+    finished = FinishedStages(checkpoints, digest_of(content, validation.digest, settings, *code_paths()))
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, finished)
     finished.forget()
     log.row("final_int8_zlib_roundtrip_exact", result.note, **result.headline(), valid=result.valid)
     return result
 
 
-def train_artifact(
-    config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
-    checkpoints: Checkpoints,
-) -> Path:  # fmt: skip
-    """Train a model, average its weights and write the artifact; from a checkpoint only what is missing of that."""
-    trainer = make_trainer(config, runtime, log, tokenizer, validation, checkpoints)
+def train_artifact(trainer: Trainer) -> Path:
+    """Train, average the weights and write the artifact; from a checkpoint only what is missing of that."""
+    config, log, checkpoints = trainer.config, trainer.log, trainer.checkpoints
     state, source = checkpoints.find_training()
-    if config.resume and state is None:
+    if state is not None:
+        trainer.resume(state, source)
+    elif config.resume:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
-    trainer.train(state, source)
-    line, mib = runtime.peak_memory()
+    trainer.train()
+    line, mib = trainer.runtime.peak_memory()
     log.row("memory", head=line, told=mib)
     trainer.average.apply()
-    began = time.perf_counter()
-    result = score_of(score_stream(trainer.model, config, runtime, validation, config.eval_seq_len).logp, validation)
+    began, result = time.perf_counter(), trainer.validation_score()
     label = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     shown = dict(**result.headline(), eval_time_ms=1000 * (time.perf_counter() - began))
     log.row("diagnostic", result.note, f"DIAGNOSTIC {label}", {"weights": label}, **shown)
-    path = write_artifact(trainer, tokenizer, checkpoints)
+    path = write_artifact(trainer)
     trainer.loader.close()
     return path
 
 
-def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoints) -> Path:
-    """Calibrate, quantize and pack what was trained, unless this run did so before: the path of its own artifact.
+def write_artifact(trainer: Trainer) -> Path:
+    """Calibrate, quantize and pack what was trained, after a restart again: the path of this run's own artifact.
 
     The newest run's is also at ARTIFACT.
     """
-    config, runtime, log, path = trainer.config, trainer.runtime, trainer.log, checkpoints.folder / ARTIFACT_NAME
-    checkpoints.finish()
-    whole = runtime.is_main and config.resume != "" and is_artifact_of(path, trainer.model, tokenizer.digest)
-    reused = bool(runtime.from_main(whole)[0])
-    hessians = calibrate(trainer) if config.quantizer == "gptq" and not reused else None
+    config, runtime, log, tokenizer = trainer.config, trainer.runtime, trainer.log, trainer.identity["tokenizer"]
+    path = trainer.checkpoints.folder / ARTIFACT_NAME
+    trainer.checkpoints.finish()
+    hessians = calibrate(trainer) if config.quantizer == "gptq" else None
     if runtime.is_main:
         began = time.perf_counter()
-        if not reused:
-            try:
-                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
-            except ArtifactError as error:  # nothing trained is lost for a folder
-                log.line(f"note: {error}")
-                path = config.artifact_path
-                save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+        try:
+            save_artifact(trainer.model, tokenizer, path, hessians, log)
+        except ArtifactError as error:  # nothing trained is lost for a folder
+            log.line(f"note: {error}")
+            path = config.artifact_path
+            save_artifact(trainer.model, tokenizer, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        used: dict[str, Any] = {} if reused else {"quantizer": "gptq" if hessians else "lite"}
-        time_s, artifact = time.perf_counter() - began, str(config.artifact_path)
-        log.row("quantization", time_s=time_s, **used, artifact=artifact, reused=reused)
+        time_s, quantizer = time.perf_counter() - began, "gptq" if hessians else "lite"
+        log.row("quantization", time_s=time_s, quantizer=quantizer, artifact=str(config.artifact_path))
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -233,21 +227,21 @@ def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, finished: FinishedStages
 ) -> Score:
     """The stages of the evaluation not finished before a restart; returns the last one's score."""
-    sizes = f"final_{model.config.bits_label}_"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
-    stages: list[tuple[str, str, Callable[[], TokenScores], dict[str, Any]]] = [
-        (sizes, "roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
-        (sizes, "sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
+    stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
+        ("roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
+        ("sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
     if config.ttt_enabled:
         shown = dict(epochs=config.ttt_epochs, chunk=config.ttt_chunk_tokens)
-        stages.append(("legal_", "ttt", lambda: score_then_adapt(*arguments, log), shown))
+        stages.append(("ttt", lambda: score_then_adapt(*arguments, log), shown))
     with finished.stopping_at_once():
-        for index, (prefix, stage, score, extra) in enumerate(stages):
+        for index, (stage, score, extra) in enumerate(stages):
             if index == len(finished.results):
                 began = time.perf_counter()
                 finished.add(score(), time.perf_counter() - began)
             total_logp, seconds = finished.results[index]
+            prefix = "legal_" if stage == "ttt" else f"final_{model.config.bits_label}_"
             log_result(log, prefix, stage, score_of(total_logp, validation), seconds, **extra)
             if index == 0:
                 total_s = projected_seconds(config, validation.num_targets, seconds)
@@ -278,7 +272,10 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
 # 2. Config ------------------------
 # In: environment variables. Out: one frozen object, checked before anything starts. A value is that of the variable,
 # else of the recipe, else the default below.
-def number(default: float, meaning: str, low: float, high: float) -> Any:
+LARGE = 10**9
+
+
+def number(default: float, meaning: str, low: float = 0, high: float = LARGE) -> Any:
     return setting(default, meaning, f"a value from {low:g} to {high:g}", lambda value: low <= value <= high)
 
 
@@ -291,35 +288,32 @@ def setting(default: Any, meaning: str, allowed: str = "", fits: Callable[[Any],
     return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, fits=fits))
 
 
-LARGE = 10**9
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings; `matrix_lr` is the variable MATRIX_LR."""
 
     recipe: str = setting("swarm", "sets what has no variable of its own", "a recipe's name")
     seed: int = number(1337, "of the first weights", 0, 2**63 - 1)
-    run_id: str = setting("", "of logs and checkpoints; empty: recipe, seed, digest of settings")
+    run_id: str = setting("", "of logs and checkpoints; empty: made of the settings")
     out_dir: str = setting(".", "of the artifact, checkpoints/ and logs/")
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "*_train_*.bin and *_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     device: str = choice("auto", "auto: a GPU if there is one", "auto", "cpu", "cuda")
     attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
     compile: bool | None = setting(None, "auto: on CUDA only")
     compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where native", "auto", "bf16", "fp32")
-    join_seconds: float = number(900.0, "how long ranks wait for each other", 1, 1e6)
-    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end", 0, 1e7)
-    checkpoint_keep: int = number(2, "newest ones of a run that stay on disk", 1, 1000)
-    resume: str = setting("", "auto: from the newest whole checkpoint, if any; or a path")
+    join_seconds: float = number(900.0, "how long ranks wait for each other", 1)
+    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end")
+    checkpoint_keep: int = number(2, "newest ones that stay on disk", 1)
+    resume: str = setting("", "auto: the newest whole checkpoint, if any; or a path")
     eval_only: bool = setting(False, "score ARTIFACT without training")
     artifact: str = setting("", "its path; empty: final_model.int6.ptz in OUT_DIR")
 
     vocab_size: int = number(1024, "pieces of the tokenizer", 2, 65_535)
     num_layers: int = number(11, "blocks", 1, 64)
     model_dim: int = number(512, "width of the residual stream", 8, 8192)
-    num_heads: int = number(8, "query heads", 1, 128)
-    num_kv_heads: int = number(4, "key and value heads", 1, 128)
+    num_heads: int = number(8, "query heads", 1)
+    num_kv_heads: int = number(4, "key and value heads", 1)
     mlp_mult: float = number(3.0, "width of the MLP / MODEL_DIM", 0.125, 16)
     leaky_slope: float = number(0.75, "of the squared leaky ReLU", 0, 1)
     tie_embeddings: bool = setting(True, "one matrix for embedding and output head")
@@ -331,101 +325,96 @@ class Config:
     bigram_start_bucket: bool = setting(True, "position 0 has its own; else token 0 precedes it")
     zero_init_out: bool = setting(True, "output and down projections start at 0, else small")
     smear_bos_mask: bool = setting(True, "SmearGate stops at a document's start")
-    parallel_residual_from: int = number(64, "from this layer on attention and MLP read one input", 0, 64)
-    repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run twice")
-    repeat_from: float = number(0.4, "share of the training before that", 0, 0.95)
-    xsa_last_n: int = number(4, "last layers whose heads drop their own value's direction (XSA)", 0, 64)
-    rope_dims: int = number(16, "rotated dimensions of a head; 0: all", 0, 512)
+    xsa_last_n: int = number(4, "last layers with exclusive self-attention (XSA)")
+    rope_dims: int = number(16, "rotated dimensions of a head; 0: all")
     rope_base: float = number(10_000.0, "of the rotary angles", 10, 1e8)
-    rope_train_len: int = number(1024, "longer sequences rescale it (NTK); 0: never", 0, 2**20)
+    rope_train_len: int = number(1024, "longer sequences rescale it (NTK); 0: never")
     ln_scale: bool = setting(True, "divides norms of layer i by √(i + 1)")
     ve_dim: int = number(128, "width of value embeddings", 1, 4096)
     ve_layers: tuple[int, ...] = setting((9, 10), "layers that have them")
     mtp_num_heads: int = number(0, "heads that predict further ahead in training", 0, 8)
     mtp_loss_weight: float = number(0.1, "of their mean loss", 0, 1)
 
-    train_batch_tokens: int = number(786_432, "of one step, over all ranks", 1, 2**30)
-    micro_batch_tokens: int = number(0, "most in a rank's forward pass; 0: what memory allows", 0, 2**30)
+    train_batch_tokens: int = number(786_432, "of one step, over all ranks", 1)
+    micro_batch_tokens: int = number(0, "of a rank's forward pass; 0: what memory allows")
     shuffle: bool = setting(True, "sequences in random order; 0: front to back")
     train_seq_len: int = number(2048, "tokens of a training sequence", 2, 2**20)
-    iterations: int = number(20_000, "steps", 1, LARGE)
-    max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none", 0, 1e7)
-    warmup_steps: int = number(20, "that compile and are then undone", 0, 1000)
-    warmdown_iters: int = number(3700, "last steps, in which the LR scale falls", 0, LARGE)
-    min_lr: float = number(0.0, "LR scale at the end", 0, 1)
-    matrix_lr: float = number(0.027, "of the banks (Muon)", 0, 10)
-    tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables", 0, 10)
-    embed_lr: float = number(0.6, "of an untied token embedding", 0, 10)
-    head_lr: float = number(0.008, "of MTP heads and an untied output head", 0, 10)
-    scalar_lr: float = number(0.025, "of gains, scales and small projections", 0, 10)
+    iterations: int = number(20_000, "steps", 1)
+    max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none")
+    warmup_steps: int = number(20, "that compile and are then undone")
+    warmdown_iters: int = number(3700, "last steps, in which the LR scale falls")
+    matrix_lr: float = number(0.027, "of the banks (Muon)")
+    tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables")
+    embed_lr: float = number(0.6, "of an untied token embedding")
+    head_lr: float = number(0.008, "of MTP heads and an untied output head")
+    scalar_lr: float = number(0.025, "of gains, scales and small projections")
     muon_momentum: float = number(0.99, "of Muon", 0, 0.9999)
     muon_momentum_warmup_start: float = number(0.92, "its first value", 0, 0.9999)
-    muon_momentum_warmup_steps: int = number(1500, "steps until it is MUON_MOMENTUM", 0, LARGE)
+    muon_momentum_warmup_steps: int = number(1500, "steps until it is MUON_MOMENTUM")
     muon_steps: int = number(5, "Newton–Schulz iterations", 1, 20)
-    muon_eq_rows: bool = setting(False, "normalises rows before them (MuonEq-R)")
     muon_wd: float = number(0.04, "weight decay of Muon", 0, 1)
     adam_wd: float = number(0.04, "weight decay of AdamW", 0, 1)
     beta1: float = number(0.9, "of AdamW", 0, 0.9999)
     beta2: float = number(0.95, "of AdamW", 0, 0.999999)
     adam_eps: float = number(1e-8, "of AdamW", 1e-20, 1)
-    grad_clip_norm: float = number(0.3, "largest gradient norm; 0: any", 0, 1e6)
+    grad_clip_norm: float = number(0.3, "largest gradient norm; 0: any")
     swarm_enabled: bool = setting(False, "agents vote on QAT, clipping, KG and MTP weight")
-    swarm_every: int = number(800, "steps between votes", 1, LARGE)
+    swarm_every: int = number(800, "steps between votes", 1)
     kg_enabled: bool = setting(False, "use the knowledge-graph blob")
     kg_init_scale: float = number(0.1, "tok_emb[id] *= 1 + KG_INIT_SCALE · importance", 0, 10)
     kg_weight: float = number(0.3, "loss weights 1 + KG_WEIGHT · importance, at mean 1", 0, 1)
-    kg_path: str = setting("", "file of the blob; empty: the one in kg_data.py")
+    kg_path: str = setting("", "of the blob; empty: the one in kg_data.py")
     weight_average: str = choice("ema", "of the artifact's weights", "ema", "swa", "none")
     ema_decay: float = number(0.997, "of the EMA, less in the first steps", 0, 0.999999)
-    swa_every: int = number(50, "steps between SWA's snapshots", 1, LARGE)
+    swa_every: int = number(50, "steps between SWA's snapshots", 1)
     swa_start_scale: float = number(0.5, "LR scale below which they begin", 0, 1)
     qat_bits: int = choice(6, "of the banks; 0: no QAT, 6 in the artifact", 0, 5, 6, 7, 8)
     attn_bits: int = choice(0, "of the attention banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
     mlp_bits: int = choice(0, "of the MLP banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
     embed_bits: int = choice(8, "of embeddings, output head and large tables; 16: fp16", 5, 6, 7, 8, 16)
-    crown_q_lambda: float = number(0.0, "of the CROWN-Q penalty while QAT is on", 0, 1e12)
+    crown_q_lambda: float = number(0.0, "of the CROWN-Q penalty while QAT is on")
     late_qat_threshold: float = number(0.15, "LR scale below which QAT begins; 1: at once", 0, 1)
-    val_loss_every: int = number(4000, "steps between validations; 0: at the end", 0, LARGE)
-    train_log_every: int = number(500, "steps between log lines", 1, LARGE)
+    val_loss_every: int = number(4000, "steps between validations; 0: at the end")
+    train_log_every: int = number(500, "steps between log lines", 1)
 
     compressor: str = choice("zstd", "of the artifact", "zstd", "brotli")
     fit_bytes: bool = setting(True, "coarser integers where the limit is passed")
     quantizer: str = choice("lite", "gptq is calibrated on training data", "lite", "gptq")
-    train_reserve_seconds: float = number(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration", 0, 1e7)
-    calibration_tokens: int = number(262_144, "over all ranks, after the last step's", 1, 2**40)
-    clip_std: float = number(0.0, "of banks, in row deviations; 0: best quantile", 0, 1000)
-    embed_clip_std: float = number(0.0, "of embeddings, output head and tables", 0, 1000)
+    train_reserve_seconds: float = number(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration")
+    calibration_tokens: int = number(262_144, "over all ranks, after the last step's", 1)
+    clip_std: float = number(0.0, "of banks, in row deviations; 0: best quantile")
+    embed_clip_std: float = number(0.0, "of embeddings, output head and tables")
     prune_fraction: float = number(0.0, "of a bank's weights, the smallest, become 0", 0, 0.95)
 
-    val_tokens: int = number(0, "first targets to score; 0: all", 0, 2**40)
-    sample_seed: int = number(0, "of the targets at which mass and gap are checked; 0: by artifact", 0, 2**63 - 1)
+    val_tokens: int = number(0, "first targets to score; 0: all")
+    sample_seed: int = number(0, "of the targets where mass and gap are checked; 0: by artifact", 0, 2**63 - 1)
     eval_seq_len: int = number(2048, "tokens of a scoring window", 2, 2**20)
-    eval_stride: int = number(64, "new targets of a sliding window", 1, 2**20)
-    eval_batch_seqs: int = number(32, "windows of one forward pass", 1, 65_536)
+    eval_stride: int = number(64, "new targets of a sliding window", 1)
+    eval_batch_seqs: int = number(32, "windows of one forward pass", 1)
     ttt_enabled: bool = setting(False, "score-first test-time training")
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
-    ttt_lr: float = number(0.002, "its first learning rate", 0, 10)
-    ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks", 0, 100)
+    ttt_lr: float = number(0.002, "its first learning rate")
+    ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks")
     ttt_momentum: float = number(0.9, "of SGD", 0, 0.9999)
-    ttt_epochs: int = number(3, "passes over a scored chunk", 1, 1000)
-    ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1, 2**40)
-    ttt_freeze_blocks: int = number(2, "first blocks that are not trained", 0, 64)
+    ttt_epochs: int = number(3, "passes over a scored chunk", 1)
+    ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1)
+    ttt_freeze_blocks: int = number(2, "first blocks that are not trained")
     ttt_scope: str = choice("all", "last: banks of unfrozen blocks, all gains, no tables", "all", "last")
-    ttt_batch_seqs: int = number(32, "sequences of one update", 1, 65_536)
-    ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: any", 0, 1e6)
+    ttt_batch_seqs: int = number(32, "sequences of one update", 1)
+    ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: any")
     ttt_byte_weighted: bool = setting(False, "targets weigh as their bytes")
     ttt_temperature: float = number(1.0, "of a certain prediction; 1: none", 0.9, 1.05)
     polyak_decay: float = number(0.0, "of the average that scores; 0: none", 0, 0.999999)
     mixer: str = choice("none", "of the scores with n-gram counts", "none", "backoff", "backoff-published", "hedge")
-    mixer_eta: float = number(0.1, "learning rate of hedge's weights", 0, 100)
+    mixer_eta: float = number(0.1, "learning rate of hedge's weights")
     ngram_order: int = number(10, "longest n-gram", 2, 20)
     ngram_counts: str = choice("exact", "hashed: as published, INVALID", "exact", "hashed")
     ngram_buckets: int = number(4_194_304, "of hashed counts", 1, 2**32)
-    ngram_block: int = number(8192, "targets that they take in at once", 1, 2**40)
-    ngram_min_count: int = number(1, "of a context, for the published rule", 1, LARGE)
+    ngram_block: int = number(8192, "targets that they take in at once", 1)
+    ngram_min_count: int = number(1, "of a context, for the published rule", 1)
     alpha_base: float = number(0.20, "least share of n-grams in the published rule", 0, 1)
     alpha_range: float = number(0.55, "what a high neural entropy adds to it", 0, 1)
-    alpha_center: float = number(3.0, "entropy in nats at which it adds half", 0, 100)
+    alpha_center: float = number(3.0, "entropy in nats at which it adds half")
     entropy_expert: bool = setting(False, "hedge's fifth as published, no distribution")
 
     @classmethod
@@ -461,9 +450,8 @@ class Config:
         for each in dataclasses.fields(self):
             self._expect(each.metadata["fits"](getattr(self, each.name)), each.name, allowed_text(each))
         layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
-        cap, reserve, hashed = self.max_wallclock_seconds, self.train_reserve_seconds, self.ngram_counts == "hashed"
-        stack, some_layers, rotated = set(range(layers)), f"layers from 0 to {layers - 1}", self.rope_dims or width
-        embedded, repeated = self.ve_layers, self.repeat_layers
+        cap, reserve, embedded = self.max_wallclock_seconds, self.train_reserve_seconds, self.ve_layers
+        exact, stack, rotated = self.ngram_counts == "exact", {*range(layers)}, self.rope_dims or width
         rules = (
             (self.model_dim % self.num_heads == 0, "model_dim", "a multiple of NUM_HEADS"),
             (width % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -471,9 +459,7 @@ class Config:
             (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "a whole product with MODEL_DIM"),
             (rotated in range(4, width + 1, 2), "rope_dims", f"0 (all) or an even number from 4 to {width}"),
             (self.xsa_last_n <= layers, "xsa_last_n", "at most NUM_LAYERS"),
-            (len(stack.intersection(embedded)) == len(embedded), "ve_layers", f"different {some_layers}"),
-            (stack.issuperset(repeated), "repeat_layers", some_layers),
-            (all(b - a == 1 for a, b in itertools.pairwise(repeated)), "repeat_layers", "neighbours in their order"),
+            (len(stack & {*embedded}) == len(embedded), "ve_layers", f"different layers from 0 to {layers - 1}"),
             (self.eval_stride <= self.eval_seq_len, "eval_stride", "at most EVAL_SEQ_LEN"),
             # A shorter chunk would be trained on before all of it is scored.
             (not ttt or self.ttt_chunk_tokens >= self.eval_seq_len, "ttt_chunk_tokens", "at least EVAL_SEQ_LEN"),
@@ -484,7 +470,7 @@ class Config:
             (not ttt or self.ttt_freeze_blocks <= layers, "ttt_freeze_blocks", "at most NUM_LAYERS"),
             (self.mtp_num_heads < seq_len, "mtp_num_heads", "less than TRAIN_SEQ_LEN"),
             (self.train_batch_tokens % seq_len == 0, "train_batch_tokens", "a multiple of TRAIN_SEQ_LEN"),
-            (not hashed or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
+            (exact or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
             (self.run_id not in (".", "..") and not set(self.run_id) & set("/\\\0"), "run_id", "a file's name"),
         )
         for rule in rules:
@@ -552,13 +538,9 @@ NOT_TRAINING = (
     "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
 )  # fmt: skip
 
-FRONTIER = dict(  # what public work has shown to help
-    qk_gain_init=5.0, min_lr=0.05, muon_eq_rows=True, ema_decay=0.9965, quantizer="gptq", ttt_enabled=True,
-    mixer="backoff",
-)  # fmt: skip
 SMALL = dict(  # for a CPU
-    bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_chunk_tokens=8192,
-    ttt_batch_seqs=8,
+    bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_enabled=True,
+    ttt_chunk_tokens=8192, ttt_batch_seqs=8, mixer="backoff",
 )  # fmt: skip
 
 # What a recipe sets beyond the defaults above.
@@ -578,23 +560,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         rope_train_len=0, ln_scale=False, ve_layers=(), matrix_lr=0.025, warmdown_iters=3000, late_qat_threshold=1.0,
         weight_average="swa", embed_bits=16, ttt_enabled=True,
     ),
-    "frontier": dict(
-        **FRONTIER, bigram_vocab_size=3072, bigram_dim=112, xsa_last_n=11, parallel_residual_from=7,
-        repeat_layers=(4, 5), muon_momentum=0.97, train_reserve_seconds=8.0,
-    ),
     "laptop": dict(
-        **FRONTIER, **SMALL, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64,
-        ve_layers=(4, 5), parallel_residual_from=4, repeat_layers=(2, 3), train_seq_len=512, train_batch_tokens=16_384,
-        warmdown_iters=100, val_loss_every=0, train_log_every=20, train_reserve_seconds=15.0,
-        calibration_tokens=16_384, swarm_every=20, eval_seq_len=512,
+        **SMALL, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=2, ve_dim=64, ve_layers=(4, 5),
+        train_seq_len=512, train_batch_tokens=16_384, warmdown_iters=100, val_loss_every=0, train_log_every=20,
+        swarm_every=20, eval_seq_len=512,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
         num_kv_heads=1, ve_layers=(2,), ve_dim=32, xsa_last_n=1, rope_train_len=256, mtp_num_heads=1,
         train_seq_len=256, train_batch_tokens=2048, iterations=500, warmdown_iters=250,
         max_wallclock_seconds=80.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85, ema_decay=0.95,
-        val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_enabled=True, ttt_epochs=1,
-        ttt_freeze_blocks=1, ttt_lr=0.01, mixer="backoff",
+        val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_epochs=1, ttt_freeze_blocks=1,
+        ttt_lr=0.01,
     ),
 }  # fmt: skip
 
@@ -679,17 +656,16 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
 
 # 3. Data ------------------------
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation text as
-# targets with the bytes that each stands for. Shards may be damaged, or change while a run reads them: all is
-# checked before use.
+# targets and their bytes. Shards may be damaged, or change while a run reads them: all is checked before use.
 MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
 
 
 class TokenLoader:
-    """This rank's micro-batches of any step; a thread reads the next step's ahead into pinned memory.
+    """This rank's micro-batches of any step; a thread reads the next step's ahead.
 
-    A batch depends on its step alone, a global one not on the world size.
+    A global batch depends on its step alone.
     """
 
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime):
@@ -769,7 +745,7 @@ class BatchPlan(NamedTuple):
 class TokenStream:
     """All shards of a split as one sequence of tokens, repeated without end."""
 
-    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; a batch is checked when it is read
+    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; batches are checked too
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
@@ -911,7 +887,7 @@ class Tokenizer:
 
 
 def find_shards(folder: str, split: str) -> list[Path]:
-    """Sorted. Raises DataError when there are none."""
+    """Sorted. Raises DataError where there is none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin")) if os.path.isdir(folder) else []
     if not paths:
         raise DataError(f"no {split} shards (*_{split}_*.bin) in DATA_PATH={folder}; {MAKE_DATA}")
@@ -939,10 +915,9 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> Non
 
 
 # 4. Grid and model ------------------------
-# In: token ids. Out: logits, losses and token scores. The table of roles says what is decided for each kind of
-# parameter, in training, in the artifact and after it; state-dict names are those of the earlier submissions.
+# In: token ids. Out: logits, losses and token scores. State-dict names are those of the earlier submissions.
 class Role(NamedTuple):
-    """What is decided for one kind of parameter."""
+    """What is decided for one kind of parameter, in training, in the artifact and after it."""
 
     optimizer: str  # muon (banks) or adamw
     rate: str  # the field of Config with its learning rate
@@ -969,6 +944,7 @@ BANK_NAMES = tuple(name for name, role in ROLES.items() if role.optimizer == "mu
 PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors and scalars in fp32
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RMS_EPS = torch.finfo(torch.float32).eps
+Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, rotated dimensions / 2)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,Dh), k and v (B,T,Hkv,Dh) → (B,T,H,Dh), causal
 Probe = Callable[[str, int, Tensor], None]  # (name of an input of matrices, layer, the input (B, T, in))
 
@@ -976,8 +952,7 @@ Probe = Callable[[str, int, Tensor], None]  # (name of an input of matrices, lay
 class GPT(nn.Module):
     """U-net GPT with its matrices in four banks (design: pull requests 1081, 977, 700).
 
-    Banks are (rows of layers, out, in); `qo_bank` holds Q then output, `kv_bank` K then V. Master weights are fp32;
-    matrix products run in `compute_dtype`: where that is None in bf16 on CUDA and fp32 on CPU.
+    Banks are (rows of layers, out, in); `qo_bank` holds Q then output, `kv_bank` K then V. Master weights are fp32.
     """
 
     def __init__(self, config: Config, attend: Attention | None = None, initialize: bool = True):
@@ -985,7 +960,6 @@ class GPT(nn.Module):
         L, D, V = config.num_layers, config.model_dim, config.vocab_size
         self.config, self.attend = config, attend or sdpa_attention
         self.compute_dtype = COMPUTE_DTYPES.get(config.compute_dtype)
-        self.repeats = True  # whether REPEAT_LAYERS are run twice, as in the finished model
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, D))
@@ -1010,10 +984,8 @@ class GPT(nn.Module):
     def _init_weights(self) -> None:
         """Of two factors at most one starts at zero: with both, neither would ever receive a gradient."""
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
-        drawn = [self.qo_bank, self.kv_bank, self.mlp_up_bank]
-        if not config.zero_init_out:
-            drawn.append(self.mlp_down_bank)
-        for matrix in itertools.chain(*drawn):
+        mlp_down = () if config.zero_init_out else self.mlp_down_bank
+        for matrix in itertools.chain(self.qo_bank, self.kv_bank, self.mlp_up_bank, mlp_down):
             nn.init.orthogonal_(matrix, generator=generator)
         for bank in (self.qo_bank[config.num_layers :], self.mlp_down_bank):
             if config.zero_init_out:
@@ -1022,30 +994,28 @@ class GPT(nn.Module):
                 bank.div_(math.sqrt(2 * config.num_layers))
         self.tok_emb.weight.normal_(std=config.tied_embed_init_std, generator=generator)
         nn.init.orthogonal_(self.bigram.proj.weight, generator=generator)
-        zero = [self.bigram.embed, *self.mtp_heads]
+        for weight in (self.bigram.embed.weight, *self.mtp_heads.parameters()):
+            weight.zero_()
         if config.ve_layers:
             self.ve_shared.embed.weight.normal_(std=0.01, generator=generator)
-            zero.append(self.ve_shared.proj)
+            self.ve_shared.proj.weight.zero_()
         if not config.tie_embeddings:
-            zero.append(self.lm_head)
-        for layer in zero:
-            nn.init.zeros_(layer.weight)
+            self.lm_head.weight.zero_()
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
+        """Of matrix products: where COMPUTE_DTYPE is auto bf16 on CUDA, fp32 on a CPU."""
         return self.compute_dtype or (torch.bfloat16 if self.tok_emb.weight.is_cuda else torch.float32)
 
     def _weight(self, name: str, qat: bool) -> Tensor:
         """A matrix in the compute dtype; with QAT as the artifact would give it back."""
         weight = self.get_parameter(name)
         if qat and name in self.grids:
-            grid = self.grids[name]
-            weight = fake_quantize(weight, grid.bits, grid.clip_std)
+            weight = fake_quantize(weight, *self.grids[name])
         return weight.to(self.dtype)
 
     def _layer_weights(self, qat: bool) -> list[LayerWeights]:
-        """By unbind, whose backward writes each bank's gradient once (indexing would add L full banks)."""
+        """By unbind, whose backward writes a bank's gradient once (that of indexing adds L full banks)."""
         L = self.config.num_layers
         up, down, qo, kv = (self._weight(name, qat).unbind() for name in BANK_NAMES)
         return [LayerWeights(*slices) for slices in zip(qo[:L], kv[:L], kv[L:], qo[L:], up, down)]
@@ -1064,34 +1034,23 @@ class GPT(nn.Module):
         x = self._run_layers(x, ids, rope_tables(config, ids.size(1), x), qat, probe)
         return x, token_table if config.tie_embeddings else self._weight("lm_head.weight", qat)
 
-    def _run_layers(
-        self, x: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], qat: bool, probe: Probe | None = None
-    ) -> Tensor:
-        """All layers on x (B, T, D), and the last norm. The first half's outputs are added in the second half."""
+    def _run_layers(self, x: Tensor, ids: Tensor, rope: Rope, qat: bool, probe: Probe | None = None) -> Tensor:
+        """All layers on x (B, T, D), and the last norm. The second half adds the first half's outputs."""
         config, x0 = self.config, x
         value_embeds: dict[int, Tensor] = {}
         if config.ve_layers:
-            shared = self._rows("ve_shared", ids, qat)
-            for layer, scale in zip(config.ve_layers, self.ve_layer_scales):
-                value_embeds[layer] = shared * scale.to(x.dtype)
+            shared, scales = self._rows("ve_shared", ids, qat), zip(config.ve_layers, self.ve_layer_scales)
+            value_embeds = {layer: shared * scale.to(x.dtype) for layer, scale in scales}
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
         skips: list[Tensor] = []
-        for layer, again in self._layer_order():
+        for layer, block in enumerate(self.blocks):
             decoder_layer = layer - len(skip_weights)
-            if decoder_layer >= 0 and skips and not again:
+            if decoder_layer >= 0 and skips:
                 x = x + skip_weights[decoder_layer] * skips.pop()
-            context = LayerContext(rope, value_embeds.get(layer), self.attend, layer, probe)
-            x = self.blocks[layer](x, x0, weights[layer], context)
-            if decoder_layer < 0 and not again:
+            x = block(x, x0, weights[layer], LayerContext(rope, value_embeds.get(layer), self.attend, layer, probe))
+            if decoder_layer < 0:
                 skips.append(x)
         return rms_norm(x)
-
-    def _layer_order(self) -> list[tuple[int, bool]]:
-        """The layers as they are run, and whether again, which takes no part in the skips (pull request 1204)."""
-        once = [(layer, False) for layer in range(self.config.num_layers)]
-        again = [(layer, True) for layer in self.config.repeat_layers if self.repeats]
-        behind = again[-1][0] + 1 if again else 0
-        return [*once[:behind], *again, *once[behind:]]
 
     def _softcapped(self, hidden: Tensor, head: Tensor) -> Tensor:
         cap = self.config.logit_softcap
@@ -1135,8 +1094,7 @@ class GPT(nn.Module):
     def token_scores(
         self, ids: Tensor, targets: Tensor, tail: int, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """For the last `tail` targets their log-probability and the entropy before them, (B, tail) fp32 in nats,
-        and the whole prediction (B, tail, V).
+        """Log-probability of the last `tail` targets and entropy there, (B, tail) fp32 in nats; all logp (B, tail, V).
 
         `temperature` is that of a certain prediction; a uniform one has 1.
         """
@@ -1160,7 +1118,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention then MLP, or both on one input (pull request 1204): normalised, with a learned gain per channel."""
+    """Attention then MLP, each on a normalised input and with a learned gain per channel."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -1170,14 +1128,13 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(D), torch.zeros(D)]))
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
-        self.leaky_slope, self.parallel = config.leaky_slope, layer >= config.parallel_residual_from
+        self.leaky_slope = config.leaky_slope
 
     def forward(self, x: Tensor, x0: Tensor, weights: LayerWeights, context: LayerContext) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        attn_in = rms_norm(x) * self.norm_scale
-        x = x + self.attn_scale.to(x.dtype) * self.attn(attn_in, weights, context)
-        mlp_in = attn_in if self.parallel else rms_norm(x) * self.norm_scale
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, weights, context)
+        mlp_in = rms_norm(x) * self.norm_scale
         context.record("mlp_in", mlp_in)
         hidden = F.leaky_relu(F.linear(mlp_in, weights.up), self.leaky_slope).square()
         context.record("mlp_hidden", hidden)
@@ -1218,16 +1175,16 @@ class LayerWeights(NamedTuple):
 
 
 class LayerContext(NamedTuple):
-    """What a layer needs besides its input and weights."""
+    """What a layer needs besides input and weights."""
 
-    rope: tuple[Tensor, Tensor]  # cos and sin
+    rope: Rope
     value_embed: Tensor | None
     attend: Attention
     layer: int
     probe: Probe | None  # None leaves no trace in a compiled graph
 
     def record(self, name: str, x: Tensor) -> None:
-        """Show the probe what a matrix is about to be multiplied with."""
+        """Show the probe what a matrix will be multiplied with."""
         if self.probe is not None:
             self.probe(name, self.layer, x)
 
@@ -1268,8 +1225,8 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, gate)
 
 
-def rope_tables(config: Config, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (1, T, 1, rotated/2). Beyond ROPE_TRAIN_LEN the base grows (NTK-aware scaling)."""
+def rope_tables(config: Config, seq_len: int, like: Tensor) -> Rope:
+    """Beyond ROPE_TRAIN_LEN the base grows (NTK-aware scaling)."""
     rotated, base = config.rope_dims or config.head_dim, config.rope_base
     if config.rope_train_len and seq_len > config.rope_train_len:
         base *= (seq_len / config.rope_train_len) ** (rotated / (rotated - 2))
@@ -1298,32 +1255,28 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]:
-    """The backend's name and function: of FlashAttention 3, then 2, cuDNN and SDPA the first that is there.
-
-    Raises ConfigError when the one asked for cannot run here.
-    """
+    """The backend's name and function, the fastest one for "auto". Raises ConfigError for one that cannot run here."""
     on_cuda = device.type == "cuda"
     hopper = on_cuda and torch.cuda.get_device_capability(device)[0] == 9
-    if choice not in ("auto", "sdpa") and not on_cuda:
-        raise ConfigError(f"ATTENTION={choice} needs CUDA, and this run is on the CPU; use sdpa or auto")
-    if choice == "fa3" and not hopper:
-        raise ConfigError("ATTENTION=fa3 needs a Hopper GPU; use ATTENTION=auto")
-    packages = (("fa3", "flash_attn_interface", hopper), ("fa3", "kernels", hopper), ("fa2", "flash_attn", on_cuda))
+    possible = {"fa3": hopper, "fa2": on_cuda, "cudnn": on_cuda, "sdpa": True, "auto": True}
+    if not possible[choice]:
+        needed = "a Hopper GPU" if choice == "fa3" else "CUDA"
+        raise ConfigError(f"ATTENTION={choice} needs {needed}, and this run is on {device}; use ATTENTION=auto")
     problems = []
-    for name, package, possible in packages:
-        if possible and choice in ("auto", name):
+    for name, package in (("fa3", "flash_attn_interface"), ("fa3", "kernels"), ("fa2", "flash_attn")):
+        if possible[name] and choice in ("auto", name):
             try:
-                return name, flash_attention(package)
+                return name, functools.partial(flash_attention, flash_kernel(package))
             except ImportError as error:
-                problems.append(f"{package!r}: {error}")
-    if problems and choice != "auto":
-        raise ConfigError(f"ATTENTION={choice} needs the package {', or '.join(problems)}")
+                problems.append(f"{package!r} ({error})")
     if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
         return "cudnn", cudnn_attention
-    return "sdpa", sdpa_attention
+    if choice in ("auto", "sdpa"):
+        return "sdpa", sdpa_attention
+    raise ConfigError(f"ATTENTION={choice} needs the package {' or '.join(problems)}")
 
 
-def flash_attention(package: str) -> Attention:
+def flash_kernel(package: str) -> Callable[..., Any]:
     """FlashAttention of one of its packages; `kernels` may have it in its cache. Raises ImportError."""
     module = importlib.import_module(package)
     if package == "kernels":
@@ -1332,13 +1285,13 @@ def flash_attention(package: str) -> Attention:
             module = module.get_kernel("kernels-community/flash-attn3", revision="v1")
         except (*MALFORMED, OSError, RuntimeError) as error:
             raise ImportError(str(error)) from error
-    attend = module.flash_attn_func
+    return module.flash_attn_func
 
-    def first_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
 
-    return first_output
+def flash_attention(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Some versions return the log-sum-exp too."""
+    out = kernel(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1349,7 +1302,6 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal grouped-query attention by torch's own kernels."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
@@ -1370,13 +1322,12 @@ def export_plan(model: GPT) -> dict[str, str]:
 
 
 def grid_of(name: str, codec: str, config: Config) -> Grid | None:
-    """The grid of a tensor with a codec `intN`; None where no integers are stored."""
+    """None where no integers are stored."""
     clip_std = config.clip_std if name in BANK_NAMES else config.embed_clip_std
     return Grid(int(codec.removeprefix("int")), clip_std) if codec.startswith("int") else None
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """Symmetric integers of `bits` bits with one fp16 scale for each row, which is the last axis."""
 
     bits: int
@@ -1387,13 +1338,13 @@ class Grid:
         return 2 ** (self.bits - 1) - 1
 
     def clip(self, weight: Tensor) -> Tensor:
-        """Where each row is clipped, (…, 1). A standard deviation is taken about zero, as the levels are."""
+        """Where each row is clipped, (…, 1). A standard deviation is about zero, as the levels are."""
         if self.clip_std:
             return self.clip_std * weight.float().square().mean(dim=-1, keepdim=True).sqrt()
         return weight.float().abs().amax(dim=-1, keepdim=True)
 
     def scale(self, clip: Tensor) -> Tensor:
-        """fp16 scale, above 0, for rows clipped at `clip` (…, 1): the clip value lands on level qmax."""
+        """fp16, above 0, for rows clipped at `clip` (…, 1), which lands on level qmax."""
         return (clip.float() / self.qmax).clamp(2.0**-24, 65_504.0).half()
 
     def encode(self, weight: Tensor, scale: Tensor) -> Tensor:
@@ -1404,7 +1355,6 @@ class Grid:
         return levels.float() * scale.float()
 
     def round_trip(self, weight: Tensor) -> Tensor:
-        """decode(encode(weight)) by this grid's own clip."""
         scale = self.scale(self.clip(weight))
         return self.decode(self.encode(weight, scale), scale)
 
@@ -1424,37 +1374,40 @@ fake_quantize.register_autograd(lambda _, grad: (grad, None, None))
 
 
 # 5. Optimizers ------------------------
-# In: gradients of this rank. Out: the same updated weights on every rank. Banks are updated by Parallel Muon,
-# everything else by AdamW; the table of roles says which rate is whose.
+# In: gradients of this rank. Out: the same updated weights on every rank.
 class Optimizers:
     """Banks under Muon, every other parameter under AdamW with one flat gradient buffer."""
 
-    def __init__(self, model: GPT, config: Config, runtime: Runtime, compiled: bool = False):
+    def __init__(self, model: GPT, config: Config, runtime: Runtime):
         self.config, self.runtime = config, runtime
-        self.muon = Muon([model.get_parameter(name) for name in BANK_NAMES], config, runtime, compiled)
-        self.muon.dtype = model.dtype
-        rest = {name: ROLES[role].rate for name, role in model.parameter_roles().items() if name not in BANK_NAMES}
-        self.flat_grad = flatten_gradients([model.get_parameter(name) for name in rest])
-        groups = [
-            dict(params=[model.get_parameter(name) for name in rest if rest[name] == lr], base_lr=getattr(config, lr))
-            for lr in dict.fromkeys(rest.values())
-        ]
+        rest = dict(model.named_parameters())
+        self.muon = Muon([rest.pop(name) for name in BANK_NAMES], config, runtime, model.dtype)
+        self.flat_grad = flatten_gradients([*rest.values()])
+        roles, by_rate = model.parameter_roles(), dict[str, list[nn.Parameter]]()
+        for name, parameter in rest.items():
+            by_rate.setdefault(ROLES[roles[name]].rate, []).append(parameter)
+        groups = [dict(params=members, base_lr=getattr(config, rate)) for rate, members in by_rate.items()]
         betas = config.beta1, config.beta2
         self.adamw = torch.optim.AdamW(groups, 0.0, betas, config.adam_eps, config.adam_wd, fused=True)
+        for p in rest.values():  # now, not at the first step, for a checkpoint to be copied into
+            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            self.adamw.state[p] = dict(step=p.new_zeros(()), **moments)
         self.skipped = torch.zeros(2, device=self.flat_grad.device)  # updates left out: in a row, in all
 
     @torch.no_grad()
     def step(self, lr_scale: float, muon_momentum: float, clip_norm: float) -> Tensor:
-        """Average gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
+        """Sum gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
 
-        The clip needs every gradient, so AdamW cannot begin while banks are being reduced. A norm that is not finite
-        leaves weights and optimizers as they are, on every rank and without asking the host.
+        The clip needs every gradient, so AdamW waits for the banks. A norm that is not finite leaves weights and
+        optimizers as they are, on every rank and without asking the host.
         """
-        pending = self.muon.reduce_gradients()
+        shards = self.muon.shards
+        split = shards if self.runtime.world_size > 1 else ()
+        pending = [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in split]
         self.runtime.all_reduce_sum(self.flat_grad)
         for work in pending:
             work.wait()
-        own = [shard.own_grad for shard in self.muon.shards]
+        own = [shard.own_grad for shard in shards]
         bank_square = torch.stack([grad.square().sum() for grad in own]).sum()
         norm = (self.runtime.all_reduce_sum(bank_square) + self.flat_grad.square().sum()).sqrt()
         finite = torch.isfinite(norm)
@@ -1481,42 +1434,24 @@ class Optimizers:
         momentum = {name: shard.whole_momentum(self.runtime) for name, shard in zip(BANK_NAMES, self.muon.shards)}
         return dict(muon=momentum, adamw=self.adamw.state_dict()["state"], skipped=self.skipped)
 
-    def load_state_dict(self, state: State) -> None:
-        for name, shard in zip(BANK_NAMES, self.muon.shards):
-            shard.load_momentum(state["muon"][name])
-        moments = {int(index): dict(entry) for index, entry in state["adamw"].items()}
-        members = [p.data for group in self.adamw.param_groups for p in group["params"]]
-        for index, entry in moments.items():
-            require_same_kinds(dict(exp_avg=members[index], exp_avg_sq=members[index]), entry)
-        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": moments})
-        self.skipped.copy_(state["skipped"])
-
 
 class Muon:
     """Parallel Muon (pull request 977): each rank owns 1/world_size of every bank's matrices."""
 
-    dtype = torch.float32  # of the products in the iteration
-
-    def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, compiled: bool):
-        self.runtime, self.config = runtime, config
+    def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, dtype: torch.dtype):
+        self.runtime, self.config, self.dtype = runtime, config, dtype  # of the iteration's products
         self.shards = [BankShard(bank, runtime) for bank in banks]
+        compiled = wants_compile(config, runtime)
         self.newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
-
-    def reduce_gradients(self) -> list[dist.Work]:
-        """Start the reduce-scatters, largest bank first."""
-        shards = self.shards if self.runtime.world_size > 1 else ()
-        return [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in shards]
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, finite: Tensor) -> None:
-        """Update the owned slices; each bank is gathered while the next one is being updated."""
+        """Update the owned slices; a bank is gathered while the next one is updated."""
         gathers: list[dist.Work] = []
         for shard in self.shards:
             momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
             shard.momentum = torch.where(finite, momentum_now, shard.momentum)
             nesterov = shard.own_grad.add(momentum_now, alpha=momentum)
-            if self.config.muon_eq_rows:  # pull request 1217
-                nesterov = F.normalize(nesterov, dim=-1)
             update = self.newton_schulz(nesterov.to(self.dtype), self.config.muon_steps).float()
             updated = (shard.own_values * (1 - lr * self.config.muon_wd)).add_(update, alpha=-lr * shard.lr_ratio)
             updated = torch.where(finite, updated, shard.own_values)
@@ -1529,8 +1464,8 @@ class Muon:
 
 
 class BankShard:
-    """One bank and its gradient, now views of buffers padded to the world size (so the collectives need no copies),
-    and this rank's slice of both and of the momentum."""
+    """One bank and its gradient as views of buffers padded to the world size, for collectives without copies, and
+    this rank's slice of both and of the momentum."""
 
     def __init__(self, parameter: nn.Parameter, runtime: Runtime):
         self.rows = parameter.size(0)
@@ -1547,7 +1482,7 @@ class BankShard:
         self.lr_ratio = max(1.0, parameter.size(-2) / parameter.size(-1)) ** 0.5
 
     def whole_momentum(self, runtime: Runtime) -> Tensor:
-        """The momentum of every rank, in the shape of the parameter."""
+        """All ranks' momentum, in the shape of the parameter."""
         whole = torch.zeros_like(self.values)
         whole[self.own_rows] = self.momentum
         return runtime.all_reduce_sum(whole)[: self.rows]
@@ -1571,7 +1506,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
 
 def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """One buffer whose views are the parameters' gradients, for a single all-reduce."""
+    """One buffer of all the parameters' gradients, for a single all-reduce."""
     sizes = [parameter.numel() for parameter in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
     for parameter, part in zip(parameters, flat.split(sizes)):
@@ -1580,17 +1515,11 @@ def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
-    """1, then linear to MIN_LR over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
+    """1, then linear to 0 over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
     remaining = config.iterations - step
     if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
         remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
-    share = min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
-    return config.min_lr + (1 - config.min_lr) * share
-
-
-def progress_at(config: Config, step: int, elapsed_s: float) -> float:
-    """How far the training is, by its steps or its time, whichever is further: 0 to 1."""
-    return max(step / config.iterations, elapsed_s / (config.training_seconds or math.inf))
+    return min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
 
 
 def muon_momentum_at(config: Config, step: int) -> float:
@@ -1599,13 +1528,12 @@ def muon_momentum_at(config: Config, step: int) -> float:
 
 
 # 6. Training ------------------------
-# In: batches. Out: trained weights and their average. The loop asks the other ranks, validates, saves, takes one
-# step; what may steer a step while a run goes on stands in `Controls` alone.
+# In: batches. Out: trained weights and their average.
 def make_trainer(
     config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
     checkpoints: Checkpoints,
 ) -> Trainer:  # fmt: skip
-    """Model, data and optimizers of a training run; logs how large they are."""
+    """Everything for a training run; logs how large it is."""
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
     model = GPT(config, choose_attention(config.attention, runtime.device)[1]).to(runtime.device)
@@ -1623,8 +1551,8 @@ def make_trainer(
 def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
     """Scale the embeddings of important tokens; returns the importance of every token, (V,) in [0, 1].
 
-    The embedding is normalised right after the lookup, so this acts through the tied output head alone.
-    Raises ConfigError when the blob was made for another tokenizer, or KG_PATH cannot be read.
+    Embeddings are normalised when looked up, so this acts through the tied output head alone. Raises ConfigError for
+    a blob that cannot be read or is for another tokenizer.
     """
     config = model.config
     try:
@@ -1653,7 +1581,7 @@ class Trainer:
     loader: TokenLoader
     validation: ValidationSet
     importance: Tensor | None = None  # (V,): 0 outside the knowledge graph
-    checkpoints: Any = None  # a Checkpoints; single steps need none, `train` does
+    checkpoints: Any = None  # a Checkpoints; single steps need none
     identity: dict[str, Any] = field(default_factory=dict)  # of data and tokenizer: a resumed run must have the same
     step: int = 0
     elapsed_s: float = 0.0
@@ -1664,39 +1592,28 @@ class Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.compiled = wants_compile(config, self.runtime)
-        self.optimizers = Optimizers(self.model, config, self.runtime, self.compiled)
+        self.optimizers = Optimizers(self.model, config, self.runtime)
         self.average = WeightAverage(self.model, config)
         self.clock = Clock(self.runtime)
         mtp_weight = config.mtp_loss_weight if config.mtp_num_heads else 0.0
         kg_weight = 0.0 if self.importance is None else config.kg_weight
-        self.controls = Controls(self.qat_due(1.0), kg_weight, mtp_weight, config.grad_clip_norm)
+        self.controls = Controls(False, kg_weight, mtp_weight, config.grad_clip_norm)
         self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
         self.losses, self.crown_q = self.model.training_losses, self.model.crown_q
         if self.compiled:  # two graphs: the penalty is taken once a step, the losses once a micro-batch
-            self.losses = torch.compile(self.losses, dynamic=False, fullgraph=True)
-            self.crown_q = torch.compile(self.crown_q, dynamic=False, fullgraph=True)
+            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+            self.losses, self.crown_q = compiled(self.losses), compiled(self.crown_q)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
         # Updates left out, in a row and in all: copied without waiting, so on CUDA perhaps some steps old.
         self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.device.type == "cuda")
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
-    def train(self, state: State | None = None, source: str = "") -> None:
-        """Train until ITERATIONS or the wallclock cap, from `state` if there is one, validating on the way.
-
-        Raises ConfigError and CheckpointError for a state that is not of this run, UserError, Stopped.
-        """
-        if state is not None:
-            self.resume(state, source)
-        if not self.finished:
-            self.warm_up()
-        if state is not None:
-            shown: dict[str, Any] = {"step": self.step, "from": source, **self._timing()}
-            self.log.row("resumed", **shown, saved_by_ranks=state["world_size"])
+    def train(self) -> None:
+        """Go on until ITERATIONS or the wallclock cap, validating on the way. Raises UserError, Stopped."""
         if self.finished:
             return
-        if self.controls.qat and self.step == 0:
-            self.begin_qat(1.0)
+        self.warm_up()
         self.clock.start()
         while True:
             signalled, batch_failed = self.agree_with_ranks()
@@ -1713,24 +1630,24 @@ class Trainer:
                 self.checkpoints.stop(signalled, step=self.step)
             if batch_failed:
                 self.loader.batch(self.step)  # raises where the batch is missing,
-                self.runtime.agree(0.0)  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
+                self.clock.agreed()  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
             self.one_step()
         self.clock.pause()
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
         self.log.row("compilations_in_timed_window", count=self.clock.compilations)
-        for line in self.swarm.summary() if self.swarm else ():
-            self.log.line(line)
+        if self.swarm:
+            self.log.line("\n".join(self.swarm.summary()))
         self.finished = True
         self.save()
 
     def one_step(self) -> None:
-        """Decide, train, average, and log when due."""
+        """Train, average, vote and log when due."""
         config = self.config
         lr_scale = lr_scale_at(config, self.step, self.elapsed_s)
         if not self.controls.qat and self.qat_due(lr_scale):
-            self.begin_qat(lr_scale)
-        self.model.repeats = progress_at(config, self.step, self.elapsed_s) >= config.repeat_from
+            self.controls.qat = True
+            self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=config.bits_label)
         grad_norm = self.train_step(self.step, lr_scale)
         self.skipped_on_host.copy_(self.optimizers.skipped, non_blocking=True)
         self.step += 1
@@ -1742,14 +1659,13 @@ class Trainer:
             self.elapsed_s = self.clock.agreed()[0]
             # Reading the losses is, with the swarm's votes, a step's only host synchronisation.
             shown: dict[str, Any] = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
-            shown |= dict(grad_norm=grad_norm.item(), **dataclasses.asdict(self.controls))
-            shown["qat"] = int(self.controls.qat)
+            shown |= {"grad_norm": grad_norm.item(), **vars(self.controls), "qat": int(self.controls.qat)}
             if self.crown_q_loss is not None:
                 shown["crown_q"] = self.crown_q_loss.item()
             self.log_step("step", **shown)
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
-        """Forward, backward and update on global batch `step`. Returns the gradient's global norm."""
+        """Update on global batch `step`. Returns the gradient's global norm."""
         self.optimizers.zero_grad()
         batches = self.loader.batch(step)
         share = 1.0 / (len(batches) * self.runtime.world_size)
@@ -1768,11 +1684,11 @@ class Trainer:
         return self.optimizers.step(lr_scale, muon_momentum_at(self.config, step), self.controls.clip_norm)
 
     def foresee(self, micro_batches: int) -> None:
-        """Say, once the run's first micro-batch is through, where the cap leaves next to no steps."""
+        """Say, after the run's first micro-batch, where the cap leaves next to no steps."""
         self.runtime.synchronize()
         step_s, cap_s = self.clock.now() * micro_batches, self.config.training_seconds
         if 0 < cap_s < self.FEW_STEPS * step_s:
-            note = "MAX_WALLCLOCK_SECONDS leaves hardly any; RECIPE=laptop is for small machines, RECIPE=demo for a try"
+            note = "MAX_WALLCLOCK_SECONDS leaves hardly any; try RECIPE=laptop or RECIPE=demo"
             self.log.row("few_steps", note, expected=int(cap_s / step_s), step_s=step_s)
 
     def token_weights(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
@@ -1785,10 +1701,10 @@ class Trainer:
 
     def qat_due(self, lr_scale: float) -> bool:
         threshold = self.config.late_qat_threshold
-        return self.config.qat_bits > 0 and (lr_scale < threshold or threshold >= 1)
+        return self.config.qat_bits > 0 and (lr_scale < threshold or threshold == 1)
 
     def vote(self, mesh: swarm_agents.VotingMesh, grad_norm: Tensor, lr_scale: float) -> None:
-        """One cycle of the swarm: rank 0 votes, every rank applies the outcome."""
+        """Rank 0 votes, every rank applies the outcome."""
         config, controls = self.config, self.controls
         self.loss_history.append(self.global_train_loss())
         metrics = swarm_agents.TrainingMetrics(
@@ -1798,12 +1714,10 @@ class Trainer:
             current_lr_scale=lr_scale, qat_enabled=controls.qat, kg_weight=controls.kg_weight,
             mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm, qat_available=config.qat_bits > 0,
         )  # fmt: skip
-        before: dict[str, float] = dataclasses.asdict(controls)
-        values = before | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
-        agreed = self.runtime.from_main(*values.values())
-        controls.apply({name: new for (name, old), new in zip(before.items(), agreed) if new != old})
-        for line in mesh.log_lines():
-            self.log.line(line)
+        values = vars(controls) | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
+        qat, *further = self.runtime.from_main(*values.values())
+        self.controls = Controls(bool(qat), *further)
+        self.log.line("\n".join(mesh.log_lines()))
         for row in mesh.rows():
             self.log.tell("vote", step=self.step, **row)
 
@@ -1815,8 +1729,7 @@ class Trainer:
         began, saved = time.perf_counter(), copied_to_cpu(self.state_dict())
         for step in range(config.warmup_steps):
             self.log.progress(step, config.warmup_steps, "warm-up")
-            graphs = itertools.product({False, config.qat_bits > 0}, {not config.repeat_layers, True})
-            for self.controls.qat, self.model.repeats in graphs:
+            for self.controls.qat in {False, config.qat_bits > 0}:
                 self.train_step(step, lr_scale=1.0)
         self.load_state_dict(saved)
         self.log.row("warmup", steps=config.warmup_steps, time_s=time.perf_counter() - began)
@@ -1828,7 +1741,7 @@ class Trainer:
         """
         left_s = self.config.training_seconds - self.elapsed_s
         if 0 < left_s < self.SETTLED_S:
-            self.runtime.synchronize()  # in the last seconds, work still queued on the device counts
+            self.runtime.synchronize()  # work still queued counts in the last seconds
         own = self.runtime.signal, self.loader.batch_failed(self.step), *self.skipped_on_host.tolist()
         self.elapsed_s, signalled, batch_failed, self.skipped_in_a_row, skipped = self.clock.agreed(*own)
         if skipped > self.skipped_reported:
@@ -1842,13 +1755,17 @@ class Trainer:
         return int(signalled), bool(batch_failed)
 
     def validate_off_the_clock(self) -> None:
-        """Score the validation split without overlap while the training clock stands still."""
+        """Score the validation split while the training clock stands still."""
         self.clock.pause()
         self.elapsed_s = self.clock.agreed()[0]
-        scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
-        result = score_of(scores.logp, self.validation)
+        result = self.validation_score()
         self.log_step("step_validation", result.note, **result.headline(), **self._timing())
         self.clock.start()
+
+    def validation_score(self) -> Score:
+        """Of the weights as they are, in windows without overlap."""
+        scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
+        return score_of(scores.logp, self.validation)
 
     def log_step(self, event: str, note: str = "", **fields: Any) -> None:
         step, steps, tokens = self.step, self.config.iterations, self.step * self.config.train_batch_tokens
@@ -1858,23 +1775,17 @@ class Trainer:
     def _timing(self) -> dict[str, Any]:
         return dict(train_time_ms=1000 * self.elapsed_s, step_avg_ms=1000 * self.elapsed_s / max(self.step, 1))
 
-    def begin_qat(self, lr_scale: float) -> None:
-        self.controls.qat = True
-        self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=self.config.bits_label)
-
     def global_train_loss(self) -> float:
         """The last step's main cross-entropy over all ranks, nats."""
         return self.runtime.all_reduce_sum(self.train_loss.clone()).item() / self.runtime.world_size
 
     def save(self) -> None:
-        """Copy the state to rank 0's memory; a thread writes it while training goes on."""
+        """A thread of rank 0 writes a copy of the state while training goes on."""
         began, self.saved_at_s = time.perf_counter(), self.elapsed_s
-        state = self.state_dict()
-        if self.runtime.is_main:
-            self.checkpoints.save_step(self.step, state, began)
+        self.checkpoints.save_step(self.step, self.state_dict(), began)
 
     def state_dict(self) -> State:
-        """All that a resumed run needs. A collective: each rank owns a part of the momentum."""
+        """All that a resumed run needs. A collective, for the momentum."""
         return dict(
             model=self.model.state_dict(), optimizers=self.optimizers.state_dict(), average=self.average.state_dict(),
             swarm=self.swarm.state_dict() if self.swarm else {}, controls=dataclasses.asdict(self.controls),
@@ -1885,9 +1796,14 @@ class Trainer:
 
     def load_state_dict(self, state: State) -> None:
         """Stand where `state_dict` was taken, at any world size. Raises what odd content makes of itself."""
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.average.load_state_dict(state["average"])
+        own, found = flattened(self.state_dict() | {"config": {}, "identity": {}}), flattened(state)
+        require_same_kinds(own, found)
+        for path, leaf in own.items():
+            if isinstance(leaf, Tensor):  # weights, moments and averages: the very tensors in use
+                leaf.copy_(found[path])
+        for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
+            shard.load_momentum(state["optimizers"]["muon"][name])
+        self.average.count = state["average"]["count"]
         if self.swarm:
             self.swarm.load_state_dict(state["swarm"])
             self.swarm.summary()  # reads all of it
@@ -1900,24 +1816,23 @@ class Trainer:
         self.skipped_reported = float(self.skipped_on_host[1])
 
     def resume(self, state: State, source: str) -> None:
-        """Raises ConfigError for a state of other settings or data, CheckpointError for one that makes no sense."""
-        own = self.state_dict()
+        """Go on from a state. Raises ConfigError for one of other settings or data, CheckpointError for an odd one."""
         try:
             ours, stored = json.loads(self.config.to_json()), state["config"]
             names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != stored[name]]
             odd = [f"{name.upper()}={stored[name]} (now {ours[name]})" for name in names]
             odd += [name for name, value in self.identity.items() if state["identity"][name] != value]
-            if odd:
-                problem = f"{source} was trained with another {', '.join(odd)}"
-                raise ConfigError(f"{problem}; set them back, or RESUME= to train from the beginning")
-            require_same_kinds(own | {"config": {}, "identity": {}}, state)
-            if not (0 <= state["progress"]["step"] <= self.config.iterations and state["progress"]["elapsed_s"] >= 0):
-                raise ValueError("impossible step or time")
-            self.load_state_dict(state)
-        except ConfigError:
-            raise
+            if not odd:
+                self.load_state_dict(state)
+                if not (0 <= self.step <= self.config.iterations and self.elapsed_s >= 0):
+                    raise ValueError("impossible step or time")
         except (*MALFORMED, RuntimeError) as error:
             raise CheckpointError(f"{source} has unexpected content ({type(error).__name__}: {error})") from error
+        if odd:
+            problem = f"{source} was trained with another {', '.join(odd)}"
+            raise ConfigError(f"{problem}; set them back, or RESUME= to train from the beginning")
+        shown = {"step": self.step, "from": source, **self._timing()}
+        self.log.row("resumed", **shown, saved_by_ranks=state["world_size"])
 
 
 @dataclass
@@ -1929,15 +1844,9 @@ class Controls:
     mtp_weight: float  # 0 where there are no MTP heads
     clip_norm: float
 
-    def apply(self, values: Mapping[str, float]) -> None:
-        """Raises ValueError for an unknown name or a value out of bounds."""
-        for name, value in values.items():
-            swarm_agents.check_value(name, value)
-            setattr(self, name, bool(value) if name == "qat" else value)
-
 
 class WeightAverage:
-    """EMA with a ramped decay, the mean of snapshots (SWA), or nothing; of what the artifact holds."""
+    """EMA with a ramped decay, the mean of snapshots (SWA), or nothing."""
 
     def __init__(self, model: GPT, config: Config):
         self.config, self.count = config, 0
@@ -1960,21 +1869,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the average into the model, if there is one."""
+        """Put the average, if there is one, into the model."""
         if self.count:
             torch._foreach_copy_(self.sources, self.shadow)
 
     def state_dict(self) -> State:
         return dict(count=self.count, shadow=dict(zip(self.names, self.shadow)))
 
-    def load_state_dict(self, state: State) -> None:
-        self.count = state["count"]
-        for name, shadow in zip(self.names, self.shadow):
-            shadow.copy_(state["shadow"][name])
-
 
 class Clock:
-    """Training time, and the graphs compiled in it: it stands still while the run validates."""
+    """Training time, which stands still in validation, and the graphs compiled in it."""
 
     def __init__(self, runtime: Runtime):
         self.runtime, self.total_s, self.compilations = runtime, 0.0, 0
@@ -1992,7 +1896,7 @@ class Clock:
 
     def agreed(self, *largest: float) -> list[float]:
         """Rank 0's training time and the largest of each further number, on every rank."""
-        return self.runtime.agree(self.now(), *largest)
+        return self.runtime.largest(self.now() if self.runtime.is_main else -math.inf, *largest)
 
     def now(self) -> float:
         return self.total_s + (0.0 if self.started_at is None else time.perf_counter() - self.started_at)
@@ -2008,7 +1912,6 @@ def wants_compile(config: Config, runtime: Runtime) -> bool:
 
 
 def compile_count() -> int:
-    """Graphs compiled so far in this process."""
     import torch._dynamo.utils as dynamo_utils  # slow to import
 
     return dynamo_utils.counters["stats"]["unique_graphs"]
@@ -2036,7 +1939,8 @@ def save_artifact(
     model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None, log: RunLog | None = None
 ) -> int:
     """Write the artifact atomically; its size in bytes. Raises ArtifactError."""
-    config, metadata = model.config, artifact_metadata(model, tokenizer_digest)
+    config, digests = model.config, dict(tokenizer=tokenizer_digest, code=code_digest())
+    metadata = dict(format=ARTIFACT_FORMAT, config=config.portable().to_json(), plan=model.plan, **digests)
     make = functools.partial(quantize, model.state_dict(), model.plan, hessians=hessians)
     pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
     limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
@@ -2046,20 +1950,13 @@ def save_artifact(
         payload = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
         ratio = payload / max(entropy, 1.0)
         log.row("packing", payload=payload, order0_entropy=round(entropy), ratio=ratio, **used.coarseness)
-        # The integers share a code, so each tensor gets of the file what it has of the sum of all packed alone.
-        keys = ([name, f"{name}.levels", f"{name}.scale"] for name in model.plan)
-        alone = [len(pack({key: tensors[key] for key in own if key in tensors})) - len(pack({})) for own in keys]
-        ends = np.rint(np.cumsum([0, *alone]) * (len(packed) / sum(alone))).astype(int)
+        # The integers share a code: each tensor gets of the file what it has of their entropy and the other sizes.
+        share = {name: order0_entropy_bytes({name: t}) or t.nbytes for name, t in tensors.items()}
+        parts = [sum(share.get(name + end, 0) for end in ("", ".levels", ".scale")) for name in model.plan]
+        ends = np.rint(np.cumsum([0, *parts]) * (len(packed) / sum(parts))).astype(int)
         log.tell("tensor_bytes", bytes=dict(zip(model.plan, np.diff(ends).tolist())), codec=model.plan)
     write_artifact_file(path, packed)
     return len(packed)
-
-
-def artifact_metadata(model: GPT, tokenizer_digest: str) -> dict[str, Any]:
-    """What an artifact says of itself, down to the digest of the weights that it was made from."""
-    weights = digest_of(*(value.cpu().numpy() for value in model.state_dict().values()))
-    digests = dict(tokenizer=tokenizer_digest, code=code_digest(), weights=weights)
-    return dict(format=ARTIFACT_FORMAT, config=model.config.portable().to_json(), plan=model.plan, **digests)
 
 
 def write_artifact_file(path: Path, content: bytes) -> None:
@@ -2108,14 +2005,6 @@ def read_artifact(path: str | Path) -> bytes:
         raise ArtifactError(f"cannot read the artifact {path} (ARTIFACT): {error.strerror}") from error
 
 
-def is_artifact_of(path: Path, model: GPT, tokenizer_digest: str) -> bool:
-    """Whether the file holds these weights, by these settings and this code."""
-    try:
-        return unpack_artifact(path.read_bytes())[1] == artifact_metadata(model, tokenizer_digest)
-    except (OSError, *MALFORMED):
-        return False
-
-
 def code_digest() -> str:
     return digest_of(*code_paths())[:16]
 
@@ -2134,8 +2023,8 @@ def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     code = code_bytes()
     total = code + artifact_bytes
     log.row("artifact_bytes", "", f"Serialized model {label}: {artifact_bytes} bytes", dict(bytes=artifact_bytes))
-    files = [path.name for path in code_paths()]
-    log.row("code_bytes", "", f"Code size: {code} bytes", dict(bytes=code, files=files))
+    told = dict(bytes=code, files=[path.name for path in code_paths()])
+    log.row("code_bytes", "", f"Code size: {code} bytes", told)
     told = dict(bytes=total, limit=SIZE_LIMIT_BYTES)
     log.row("total_bytes", "", f"Total submission size {label}: {total} bytes", told)
     if total > SIZE_LIMIT_BYTES:
@@ -2245,13 +2134,14 @@ def quantize(
 
 def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
     """Undo `quantize`, in fp32. Raises KeyError for a missing tensor."""
-
-    def decoded(name: str, codec: str) -> Tensor:
-        if not codec.startswith("int"):
-            return tensors[name].float()
-        return Grid(int(codec.removeprefix("int"))).decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
-
-    return {name: decoded(name, codec) for name, codec in plan.items()}
+    state = {}
+    for name, codec in plan.items():
+        if codec.startswith("int"):
+            grid = Grid(int(codec.removeprefix("int")))
+            state[name] = grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
+        else:
+            state[name] = tensors[name].float()
+    return state
 
 
 def smallest(weight: Tensor, fraction: float) -> Tensor:
@@ -2263,14 +2153,12 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
 
 def best_rounding(weight: Tensor, grid: Grid, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """(levels, scale), each row with the scale that loses least."""
-    scale, *others = candidate_scales(weight, grid)
-    levels, error = rounding(scale)
-    for other_scale in others:
-        other_levels, other_error = rounding(other_scale)
-        better = other_error < error
-        levels, scale = torch.where(better, other_levels, levels), torch.where(better, other_scale, scale)
-        error = torch.minimum(error, other_error)
-    return levels, scale
+    best: list[Tensor] = []  # error, levels, scale
+    for scale in candidate_scales(weight, grid):
+        levels, error = rounding(scale)
+        tried = [error, levels, scale]
+        best = [torch.where(error < best[0], *pair) for pair in zip(tried, best)] if best else tried
+    return best[1], best[2]
 
 
 def candidate_scales(weight: Tensor, grid: Grid) -> Iterator[Tensor]:
@@ -2381,7 +2269,7 @@ def decompress(stream: bytes) -> bytes:
     fault = library.error if brotli else library.ZstdError
     try:
         if brotli:
-            payload = library.Decompressor().process(stream[len(BROTLI_MAGIC) :], output_buffer_limit=most)
+            payload = library.Decompressor().process(stream.removeprefix(BROTLI_MAGIC), output_buffer_limit=most)
         else:
             claimed = library.get_frame_parameters(stream).content_size
             payload = library.ZstdDecompressor().decompress(stream) if claimed < most else b""
@@ -2492,7 +2380,7 @@ def score_then_adapt(
         first, last = np.searchsorted(window_ends, (start, stop), side="right")
         scores.append(scorer.score_all(windows, int(first), int(last)))
         lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < validation.num_targets else 0.0
-        if log is not None:
+        if log:
             nats, size = -scores[-1][0].sum(dtype=np.float64), validation.bytes[start:stop].sum(dtype=np.int64)
             so_far += nats / math.log(2), size
             bpb, bpb_so_far = nats / math.log(2) / max(size, 1), so_far[0] / max(so_far[1], 1)
@@ -2528,8 +2416,8 @@ class TestTimeTrainer:
         else:
             self.optimizer = torch.optim.AdamW(trained, config.ttt_lr, weight_decay=0.0)
         self.average = copy.deepcopy(model) if config.polyak_decay else model  # Polyak's, which scores
-        models = self.average, model
-        self.averaged, self.trained = ([p.detach() for p in m.parameters() if p.requires_grad] for m in models)
+        self.trained = [p.detach() for p in trained]
+        self.averaged = [p.detach() for p in self.average.parameters() if p.requires_grad]
 
     def learning_rate(self, chunk: int, num_chunks: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
@@ -2696,8 +2584,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
         probe = MassProbe(scores.targets + 1, scores.sampled, scores.entropy[scores.targets])
         tokens = torch.from_numpy(validation.tokens.astype(np.int64)).to(runtime.device)
         logp = mix_scores(mixer, tokens, scores.logp, scores.entropy, probe)
-        worst = np.abs(probe.mass - 1).max()
-        sums = [float(total) for total in (logp.sum(), probe.mass.mean(), worst, probe.gap.max())]
+        sums = [logp.sum(), probe.mass.mean(), np.abs(probe.mass - 1).max(), probe.gap.max()]
     total_logp, mass, worst, gap = runtime.from_main(*sums)
     result = score_of(total_logp, validation, valid=worst <= MASS_TOLERANCE and gap <= GAP_TOLERANCE)
     seconds = time.perf_counter() - began
@@ -3021,8 +2908,7 @@ class _Groups(NamedTuple):
         for part, width in ((label[self.position], label_bits), (self.position, bits)):
             key <<= width
             key |= part  # values alone are sorted: positions are their low bits
-        # NumPy sorts in place, where torch would sort indices too, in three times the bytes.
-        key = key.sort().values if key.is_cuda else torch.from_numpy(np.sort(key.numpy()))
+        key = _sorted(key)
         position = (key & ((1 << bits) - 1)).int()
         key >>= bits
         return _Groups(position, _heads(key))
@@ -3037,6 +2923,11 @@ class _Groups(NamedTuple):
             before = _at_start(before, self.head | _heads(self.position // block))
         total[self.position] = before - since
         return total.cpu().numpy()
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """Without the indices that torch would sort too, in three times the bytes, where NumPy can."""
+    return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
 
 
 def _heads(values: Tensor) -> Tensor:
@@ -3086,33 +2977,22 @@ def iter_hashed_counts(
     come from different hashes, so F/C is no probability.
     """
     mask = buckets - 1  # `buckets` is a power of two
+    block_of = torch.arange(-1, len(tokens) - 1, device=tokens.device).clamp_(min=0) // block
+    where = probe.position[:, None] if probe else slice(None)
+    target = torch.arange(probe.vocab_size, device=tokens.device) if probe else tokens
     for order in range(1, max_order + 1):
         context, multiplier = torch.zeros_like(tokens), HASH_MULTIPLIERS[(order - 1) % 7]
         for k in range(order - 1):  # what wraps around belongs to targets without such a context
             context ^= tokens.roll(order - 1 - k) * HASH_MULTIPLIERS[k % 7]
-        context &= mask
-        pair = (context ^ tokens * multiplier) & mask
-        positions, asked = range(len(tokens)), [context, pair]
-        if probe:
-            positions, own = probe.position.tolist(), context[probe.position, None]
-            every = torch.arange(probe.vocab_size, device=tokens.device)
-            asked = [own, (own ^ every * multiplier) & mask]
-        tables = zip((context, pair), asked)
-        yield NgramCounts(*(_table_counts(*table, positions, order, block, buckets) for table in tables))
-
-
-def _table_counts(
-    bucket: Tensor, asked: Tensor, positions: Sequence[int], order: int, block: int, buckets: int
-) -> np.ndarray:
-    """What a table filled block by block holds in buckets `asked` (S, …) at `positions` (S,)."""
-    table = bucket.new_zeros(buckets, dtype=torch.int32)
-    answers = torch.zeros_like(asked, dtype=torch.int32)
-    for low, high in itertools.pairwise([0, *range(block + 1, len(bucket), block), len(bucket)]):
-        rows = slice(bisect.bisect_left(positions, max(low, order - 1)), bisect.bisect_left(positions, high))
-        answers[rows] = table[asked[rows]]
-        added = bucket[low + order - 1 : high]
-        table.index_add_(0, added, torch.ones_like(added, dtype=torch.int32))
-    return answers.cpu().numpy()
+        counts, whole = [], block_of == block_of.roll(order - 1)
+        whole[: order - 1] = False
+        own = context[where]
+        for added, asked in ((context, own), (context ^ tokens * multiplier, own ^ target * multiplier)):
+            keys = _sorted(((added & mask) << 31 | block_of)[whole])
+            first = (asked & mask) << 31
+            low, high = (torch.searchsorted(keys, key, out_int32=True) for key in (first, first | block_of[where]))
+            counts.append((high - low).cpu().numpy())
+        yield NgramCounts(*counts)
 
 
 # 10. Machinery ------------------------
@@ -3133,7 +3013,7 @@ class Runtime:
             raise ConfigError(f"RANK={self.rank} with WORLD_SIZE={self.world_size} cannot be: {advice}")
         self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.timeout = datetime.timedelta(seconds=config.join_seconds)
-        self.meeting_place = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+        self.meeting_place = f"MASTER_ADDR={environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
         self.device = self._pick_device(config.device)
         self.control_group: Any = None
         self.signal, self.signalled_at = 0, 0.0
@@ -3167,7 +3047,11 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            announcement = self._announce_waiting()
+            limit_s = self.timeout.total_seconds()
+            text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at {self.meeting_place}, "
+            text += f"{limit_s:g} s at most (JOIN_SECONDS)\n"
+            announcement = threading.Timer(min(5.0, limit_s / 2), sys.stderr.write, [text])
+            announcement.start()
             try:
                 self._join()
             except (RuntimeError, OSError, ValueError) as error:
@@ -3177,19 +3061,6 @@ class Runtime:
                 announcement.cancel()
         self.former_handlers = [signal.signal(number, self._on_signal) for number in self.SIGNALS]
         return self
-
-    def _announce_waiting(self) -> threading.Timer:
-        """Tell on stderr whom this rank waits for, at once where the address is unknown, else after 5 s."""
-        (address, port), delay_s, known = self.meeting_place, 5.0, ""
-        try:
-            socket.getaddrinfo(address or None, 0)
-        except (OSError, UnicodeError) as error:
-            delay_s, known = 0.0, f", which cannot be resolved ({error})"
-        text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at MASTER_ADDR={address}:{port}{known}"
-        limit = f", for {self.timeout.total_seconds():g} s at most (JOIN_SECONDS)\n"
-        timer = threading.Timer(delay_s, lambda: sys.stderr.write(text + limit))
-        timer.start()
-        return timer
 
     def _join(self) -> None:
         backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
@@ -3253,13 +3124,13 @@ class Runtime:
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
         """Start summing `full` over ranks into this rank's `shard`; wait on the result before reading it."""
-        operation = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
-        return cast(dist.Work, operation(shard, full, async_op=True))
+        operation: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
+        return operation(shard, full, async_op=True)
 
     def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
         """Start collecting all ranks' `shard` in `full`."""
-        operation = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return cast(dist.Work, operation(full, shard, async_op=True))
+        operation: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return operation(full, shard, async_op=True)
 
     def from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
@@ -3267,10 +3138,6 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast(carrier, src=0, group=self.control_group)
         return carrier.tolist()
-
-    def agree(self, from_main: float, *largest: float) -> list[float]:
-        """Rank 0's first number and the largest over all ranks of each further one."""
-        return self.largest(from_main if self.is_main else -math.inf, *largest)
 
     def largest(self, *values: float) -> list[float]:
         """The largest over all ranks of each number."""
@@ -3328,35 +3195,34 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
     dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
-    tokens = config.micro_batch_tokens or int(-negated_tokens)
-    log.row("machine", compute_dtype=dtype, native_bf16=int(not emulated), micro_batch_tokens=tokens)
-    return dataclasses.replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
+    chosen: State = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
+    log.row("machine", **chosen, native_bf16=int(not emulated))
+    return dataclasses.replace(config, **chosen)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices are native there; where they are emulated they are slower than fp32."""
+    """Whether products of bf16 matrices are native there; emulated ones are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_info().split())
 
 
 def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
-    """Tokens whose forward and backward pass fits this rank's share of the memory, by what passes were seen to take.
+    """Tokens whose forward and backward pass fits this rank's share of all memory, by what passes were seen to take.
 
-    Of all memory, not of what is free, so that a run can be repeated.
+    What is free does not count, so that a run can be repeated.
     """
     if runtime.device.type == "cuda":
         memory = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
     else:
         memory = 0.5 * cpu_memory() / runtime.local_world_size
-    layers = config.num_layers + len(config.repeat_layers)
-    per_token = layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
+    per_token = config.num_layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
     per_token += (1 + config.mtp_num_heads) * config.vocab_size * 20
     return max(min(int(memory / per_token), MOST_MICRO_BATCH_TOKENS), config.train_seq_len)
 
 
 def cpu_memory() -> float:
-    """Bytes of memory of this machine, or of the container around the process."""
+    """Bytes, of this machine or of the container around the process."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: a container without a limit
         return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -3573,14 +3439,6 @@ class Checkpoints:
             self.log.row("checkpoint_failed", f"{error.strerror}: free space, or set OUT_DIR", file=self.cost["file"])
         self.pending = None
 
-    def read(self, path: Path) -> tuple[bytes, State]:
-        """A checkpoint's bytes and state. Raises CheckpointError."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path} (RESUME): {error.strerror}") from error
-        return content, read_state(content, path)
-
     def find_training(self) -> tuple[State | None, str]:
         """What RESUME goes on from, and its path. Raises CheckpointError when the file that it names is not whole."""
         resume = self.config.resume
@@ -3592,12 +3450,14 @@ class Checkpoints:
         content, state = b"", None
         for path in candidates if self.runtime.is_main else ():
             try:
-                (content, state), self.newest = self.read(path), str(path)
+                found = path.read_bytes()
+                state, content, self.newest = read_state(found, path), found, str(path)
                 break
-            except CheckpointError as error:
+            except (OSError, CheckpointError) as error:
+                text = f"cannot read {path} (RESUME): {error.strerror}" if isinstance(error, OSError) else str(error)
                 if path == Path(self.config.resume):
-                    raise
-                self.log.row("checkpoint_skipped", str(error))
+                    raise CheckpointError(text) from error
+                self.log.row("checkpoint_skipped", text)
         content = self.runtime.bytes_from_main(content)
         return state if self.runtime.is_main or not content else read_state(content, "rank 0's checkpoint")
 

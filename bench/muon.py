@@ -33,7 +33,8 @@ def run_rank(layers: int, dim: int, steps: int) -> None:
         model = train_gpt.GPT(config, initialize=False)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        muon = train_gpt.Muon([model.get_parameter(name) for name in train_gpt.BANK_NAMES], config, runtime, False)
+        banks = [model.get_parameter(name) for name in train_gpt.BANK_NAMES]
+        muon = train_gpt.Muon(banks, config, runtime, torch.float32)
         for shard in muon.shards:
             shard.own_grad.normal_()
         state_bytes = sum(4 * shard.momentum.numel() for shard in muon.shards)

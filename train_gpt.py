@@ -106,7 +106,7 @@ def require(package: str, purpose: str) -> Any:
 
 
 # 1. Spine ------------------------
-# In: the environment. Out: one score, its log, and the artifact. Read these to know what the program does.
+# In: the environment. Out: one score, its log, and the artifact.
 def main(arguments: Sequence[str] = ()) -> int:
     """Returns the exit code: 2 after an error that a user can mend, said in one line; 128 + number after a signal."""
     replace_closed_streams()
@@ -148,16 +148,16 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
-    log.row("validation", validation.note, targets=targets, bytes=total, digest=digest[:16])
+    shown = dict(targets=validation.num_targets, bytes=validation.total_bytes, digest=validation.digest[:16])
+    log.row("validation", validation.note, **shown)
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
-    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
+    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
     path = config.artifact_path
     if not config.eval_only:
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
             require(package, "writing the artifact")  # said now, not after the training
-        path = train_artifact(config, runtime, log, tokenizer, validation, checkpoints)
+        path = train_artifact(make_trainer(config, runtime, log, tokenizer, validation, checkpoints))
     content = runtime.bytes_from_main(read_artifact(path) if runtime.is_main else b"")
     model, _, metadata = load_artifact(path, attend, content)
     if metadata["tokenizer"] != tokenizer.digest:
@@ -169,52 +169,51 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
     model.compute_dtype = COMPUTE_DTYPES[config.compute_dtype]
     settings = f"{config.portable().to_json()} {config.compute_dtype} {runtime.world_size}"
-    finished = FinishedStages(checkpoints, digest_of(content, digest, settings, *code_paths()))
+    finished = FinishedStages(checkpoints, digest_of(content, validation.digest, settings, *code_paths()))
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, finished)
     finished.forget()
     log.row("final_int8_zlib_roundtrip_exact", result.note, **result.headline(), valid=result.valid)
     return result
 
 
-def train_artifact(
-    config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
-    checkpoints: Checkpoints,
-) -> Path:  # fmt: skip
-    """Train a model, average its weights and write the artifact; from a checkpoint only what is missing of that."""
-    trainer = make_trainer(config, runtime, log, tokenizer, validation, checkpoints)
+def train_artifact(trainer: Trainer) -> Path:
+    """Train, average the weights and write the artifact; from a checkpoint only what is missing of that."""
+    config, log, checkpoints = trainer.config, trainer.log, trainer.checkpoints
     state = checkpoints.find_training()
-    if config.resume and state is None:
+    if state is not None:
+        trainer.resume(state, checkpoints.newest)
+    elif config.resume:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
-    trainer.train(state, checkpoints.newest)
-    line, mib = runtime.peak_memory()
+    trainer.train()
+    line, mib = trainer.runtime.peak_memory()
     log.row("memory", head=line, told=mib)
     trainer.average.apply()
-    began = time.perf_counter()
-    result = score_of(score_stream(trainer.model, config, runtime, validation, config.eval_seq_len).logp, validation)
+    began, result = time.perf_counter(), trainer.validation_score()
     label = f"post_{config.weight_average}" if trainer.average.count else "last_weights"
     shown = dict(**result.headline(), eval_time_ms=1000 * (time.perf_counter() - began))
     log.row("diagnostic", result.note, f"DIAGNOSTIC {label}", {"weights": label}, **shown)
-    path = write_artifact(trainer, tokenizer, checkpoints)
+    path = write_artifact(trainer)
     trainer.loader.close()
     return path
 
 
-def write_artifact(trainer: Trainer, tokenizer: Tokenizer, checkpoints: Checkpoints) -> Path:
+def write_artifact(trainer: Trainer) -> Path:
     """Calibrate, quantize and pack what was trained, after a restart again: the path of this run's own artifact.
 
     The newest run's is also at ARTIFACT.
     """
-    config, runtime, log, path = trainer.config, trainer.runtime, trainer.log, checkpoints.folder / ARTIFACT_NAME
-    checkpoints.finish()
+    config, runtime, log, tokenizer = trainer.config, trainer.runtime, trainer.log, trainer.identity["tokenizer"]
+    path = trainer.checkpoints.folder / ARTIFACT_NAME
+    trainer.checkpoints.finish()
     hessians = calibrate(trainer) if config.quantizer == "gptq" else None
     if runtime.is_main:
         began = time.perf_counter()
         try:
-            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+            save_artifact(trainer.model, tokenizer, path, hessians, log)
         except ArtifactError as error:  # nothing trained is lost for a folder
             log.line(f"note: {error}")
             path = config.artifact_path
-            save_artifact(trainer.model, tokenizer.digest, path, hessians, log)
+            save_artifact(trainer.model, tokenizer, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
         time_s, quantizer = time.perf_counter() - began, "gptq" if hessians else "lite"
@@ -228,21 +227,21 @@ def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, finished: FinishedStages
 ) -> Score:
     """The stages of the evaluation not finished before a restart; returns the last one's score."""
-    sizes = f"final_{model.config.bits_label}_"
     arguments, stride = (model, config, runtime, validation), config.eval_stride
-    stages: list[tuple[str, str, Callable[[], TokenScores], dict[str, Any]]] = [
-        (sizes, "roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
-        (sizes, "sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
+    stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
+        ("roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
+        ("sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
     if config.ttt_enabled:
         shown = dict(epochs=config.ttt_epochs, chunk=config.ttt_chunk_tokens)
-        stages.append(("legal_", "ttt", lambda: score_then_adapt(*arguments, log), shown))
+        stages.append(("ttt", lambda: score_then_adapt(*arguments, log), shown))
     with finished.stopping_at_once():
-        for index, (prefix, stage, score, extra) in enumerate(stages):
+        for index, (stage, score, extra) in enumerate(stages):
             if index == len(finished.results):
                 began = time.perf_counter()
                 finished.add(score(), time.perf_counter() - began)
             total_logp, seconds = finished.results[index]
+            prefix = "legal_" if stage == "ttt" else f"final_{model.config.bits_label}_"
             log_result(log, prefix, stage, score_of(total_logp, validation), seconds, **extra)
             if index == 0:
                 total_s = projected_seconds(config, validation.num_targets, seconds)
@@ -295,9 +294,9 @@ class Config:
 
     recipe: str = setting("swarm", "sets what has no variable of its own", "a recipe's name")
     seed: int = number(1337, "of the first weights", 0, 2**63 - 1)
-    run_id: str = setting("", "of logs and checkpoints; empty: recipe, seed, digest of settings")
+    run_id: str = setting("", "of logs and checkpoints; empty: made of the settings")
     out_dir: str = setting(".", "of the artifact, checkpoints/ and logs/")
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "*_train_*.bin and *_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     device: str = choice("auto", "auto: a GPU if there is one", "auto", "cpu", "cuda")
     attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
@@ -305,16 +304,16 @@ class Config:
     compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where native", "auto", "bf16", "fp32")
     join_seconds: float = number(900.0, "how long ranks wait for each other", 1)
     checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end")
-    checkpoint_keep: int = number(2, "newest ones of a run that stay on disk", 1, 1000)
-    resume: str = setting("", "auto: from the newest whole checkpoint, if any; or a path")
+    checkpoint_keep: int = number(2, "newest ones that stay on disk", 1)
+    resume: str = setting("", "auto: the newest whole checkpoint, if any; or a path")
     eval_only: bool = setting(False, "score ARTIFACT without training")
     artifact: str = setting("", "its path; empty: final_model.int6.ptz in OUT_DIR")
 
     vocab_size: int = number(1024, "pieces of the tokenizer", 2, 65_535)
     num_layers: int = number(11, "blocks", 1, 64)
     model_dim: int = number(512, "width of the residual stream", 8, 8192)
-    num_heads: int = number(8, "query heads", 1, 128)
-    num_kv_heads: int = number(4, "key and value heads", 1, 128)
+    num_heads: int = number(8, "query heads", 1)
+    num_kv_heads: int = number(4, "key and value heads", 1)
     mlp_mult: float = number(3.0, "width of the MLP / MODEL_DIM", 0.125, 16)
     leaky_slope: float = number(0.75, "of the squared leaky ReLU", 0, 1)
     tie_embeddings: bool = setting(True, "one matrix for embedding and output head")
@@ -326,10 +325,10 @@ class Config:
     bigram_start_bucket: bool = setting(True, "position 0 has its own; else token 0 precedes it")
     zero_init_out: bool = setting(True, "output and down projections start at 0, else small")
     smear_bos_mask: bool = setting(True, "SmearGate stops at a document's start")
-    xsa_last_n: int = number(4, "last layers whose heads drop their own value's direction (XSA)", 0, 64)
-    rope_dims: int = number(16, "rotated dimensions of a head; 0: all", 0, 512)
+    xsa_last_n: int = number(4, "last layers with exclusive self-attention (XSA)")
+    rope_dims: int = number(16, "rotated dimensions of a head; 0: all")
     rope_base: float = number(10_000.0, "of the rotary angles", 10, 1e8)
-    rope_train_len: int = number(1024, "longer sequences rescale it (NTK); 0: never", 0, 2**20)
+    rope_train_len: int = number(1024, "longer sequences rescale it (NTK); 0: never")
     ln_scale: bool = setting(True, "divides norms of layer i by √(i + 1)")
     ve_dim: int = number(128, "width of value embeddings", 1, 4096)
     ve_layers: tuple[int, ...] = setting((9, 10), "layers that have them")
@@ -337,12 +336,12 @@ class Config:
     mtp_loss_weight: float = number(0.1, "of their mean loss", 0, 1)
 
     train_batch_tokens: int = number(786_432, "of one step, over all ranks", 1)
-    micro_batch_tokens: int = number(0, "most in a rank's forward pass; 0: what memory allows")
+    micro_batch_tokens: int = number(0, "of a rank's forward pass; 0: what memory allows")
     shuffle: bool = setting(True, "sequences in random order; 0: front to back")
     train_seq_len: int = number(2048, "tokens of a training sequence", 2, 2**20)
     iterations: int = number(20_000, "steps", 1)
     max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none")
-    warmup_steps: int = number(20, "that compile and are then undone", 0, 1000)
+    warmup_steps: int = number(20, "that compile and are then undone")
     warmdown_iters: int = number(3700, "last steps, in which the LR scale falls")
     matrix_lr: float = number(0.027, "of the banks (Muon)")
     tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables")
@@ -364,7 +363,7 @@ class Config:
     kg_enabled: bool = setting(False, "use the knowledge-graph blob")
     kg_init_scale: float = number(0.1, "tok_emb[id] *= 1 + KG_INIT_SCALE · importance", 0, 10)
     kg_weight: float = number(0.3, "loss weights 1 + KG_WEIGHT · importance, at mean 1", 0, 1)
-    kg_path: str = setting("", "file of the blob; empty: the one in kg_data.py")
+    kg_path: str = setting("", "of the blob; empty: the one in kg_data.py")
     weight_average: str = choice("ema", "of the artifact's weights", "ema", "swa", "none")
     ema_decay: float = number(0.997, "of the EMA, less in the first steps", 0, 0.999999)
     swa_every: int = number(50, "steps between SWA's snapshots", 1)
@@ -388,20 +387,20 @@ class Config:
     prune_fraction: float = number(0.0, "of a bank's weights, the smallest, become 0", 0, 0.95)
 
     val_tokens: int = number(0, "first targets to score; 0: all")
-    sample_seed: int = number(0, "of the targets at which mass and gap are checked; 0: by artifact", 0, 2**63 - 1)
+    sample_seed: int = number(0, "of the targets where mass and gap are checked; 0: by artifact", 0, 2**63 - 1)
     eval_seq_len: int = number(2048, "tokens of a scoring window", 2, 2**20)
-    eval_stride: int = number(64, "new targets of a sliding window", 1, 2**20)
-    eval_batch_seqs: int = number(32, "windows of one forward pass", 1, 65_536)
+    eval_stride: int = number(64, "new targets of a sliding window", 1)
+    eval_batch_seqs: int = number(32, "windows of one forward pass", 1)
     ttt_enabled: bool = setting(False, "score-first test-time training")
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
     ttt_lr: float = number(0.002, "its first learning rate")
     ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks")
     ttt_momentum: float = number(0.9, "of SGD", 0, 0.9999)
-    ttt_epochs: int = number(3, "passes over a scored chunk", 1, 1000)
+    ttt_epochs: int = number(3, "passes over a scored chunk", 1)
     ttt_chunk_tokens: int = number(32_768, "targets scored before they are trained on", 1)
-    ttt_freeze_blocks: int = number(2, "first blocks that are not trained", 0, 64)
+    ttt_freeze_blocks: int = number(2, "first blocks that are not trained")
     ttt_scope: str = choice("all", "last: banks of unfrozen blocks, all gains, no tables", "all", "last")
-    ttt_batch_seqs: int = number(32, "sequences of one update", 1, 65_536)
+    ttt_batch_seqs: int = number(32, "sequences of one update", 1)
     ttt_grad_clip: float = number(1.0, "largest gradient norm; 0: any")
     ttt_byte_weighted: bool = setting(False, "targets weigh as their bytes")
     ttt_temperature: float = number(1.0, "of a certain prediction; 1: none", 0.9, 1.05)
@@ -451,8 +450,8 @@ class Config:
         for each in dataclasses.fields(self):
             self._expect(each.metadata["fits"](getattr(self, each.name)), each.name, allowed_text(each))
         layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
-        cap, reserve, hashed = self.max_wallclock_seconds, self.train_reserve_seconds, self.ngram_counts == "hashed"
-        stack, embedded, rotated = set(range(layers)), self.ve_layers, self.rope_dims or width
+        cap, reserve, embedded = self.max_wallclock_seconds, self.train_reserve_seconds, self.ve_layers
+        exact, stack, rotated = self.ngram_counts == "exact", {*range(layers)}, self.rope_dims or width
         rules = (
             (self.model_dim % self.num_heads == 0, "model_dim", "a multiple of NUM_HEADS"),
             (width % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -471,7 +470,7 @@ class Config:
             (not ttt or self.ttt_freeze_blocks <= layers, "ttt_freeze_blocks", "at most NUM_LAYERS"),
             (self.mtp_num_heads < seq_len, "mtp_num_heads", "less than TRAIN_SEQ_LEN"),
             (self.train_batch_tokens % seq_len == 0, "train_batch_tokens", "a multiple of TRAIN_SEQ_LEN"),
-            (not hashed or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
+            (exact or self.mixer in ("none", "backoff-published"), "ngram_counts", "exact with this MIXER"),
             (self.run_id not in (".", "..") and not set(self.run_id) & set("/\\\0"), "run_id", "a file's name"),
         )
         for rule in rules:
@@ -657,17 +656,16 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
 
 # 3. Data ------------------------
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation text as
-# targets with the bytes that each stands for. Shards may be damaged, or change while a run reads them: all is
-# checked before use.
+# targets and their bytes. Shards may be damaged, or change while a run reads them: all is checked before use.
 MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
 
 
 class TokenLoader:
-    """This rank's micro-batches of any step; a thread reads the next step's ahead into pinned memory.
+    """This rank's micro-batches of any step; a thread reads the next step's ahead.
 
-    A batch depends on its step alone, a global one not on the world size.
+    A global batch depends on its step alone.
     """
 
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime):
@@ -747,7 +745,7 @@ class BatchPlan(NamedTuple):
 class TokenStream:
     """All shards of a split as one sequence of tokens, repeated without end."""
 
-    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; a batch is checked when it is read
+    CHECKED_AT_OPEN = 1_000_000  # tokens of a shard; batches are checked too
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
@@ -917,10 +915,9 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> Non
 
 
 # 4. Grid and model ------------------------
-# In: token ids. Out: logits, losses and token scores. The table of roles says what is decided for each kind of
-# parameter, in training, in the artifact and after it; state-dict names are those of the earlier submissions.
+# In: token ids. Out: logits, losses and token scores. State-dict names are those of the earlier submissions.
 class Role(NamedTuple):
-    """What is decided for one kind of parameter."""
+    """What is decided for one kind of parameter, in training, in the artifact and after it."""
 
     optimizer: str  # muon (banks) or adamw
     rate: str  # the field of Config with its learning rate
@@ -1018,7 +1015,7 @@ class GPT(nn.Module):
         return weight.to(self.dtype)
 
     def _layer_weights(self, qat: bool) -> list[LayerWeights]:
-        """By unbind, whose backward writes each bank's gradient once (indexing would add L full banks)."""
+        """By unbind, whose backward writes a bank's gradient once (that of indexing adds L full banks)."""
         L = self.config.num_layers
         up, down, qo, kv = (self._weight(name, qat).unbind() for name in BANK_NAMES)
         return [LayerWeights(*slices) for slices in zip(qo[:L], kv[:L], kv[L:], qo[L:], up, down)]
@@ -1038,7 +1035,7 @@ class GPT(nn.Module):
         return x, token_table if config.tie_embeddings else self._weight("lm_head.weight", qat)
 
     def _run_layers(self, x: Tensor, ids: Tensor, rope: Rope, qat: bool, probe: Probe | None = None) -> Tensor:
-        """All layers on x (B, T, D), and the last norm. The first half's outputs are added in the second half."""
+        """All layers on x (B, T, D), and the last norm. The second half adds the first half's outputs."""
         config, x0 = self.config, x
         value_embeds: dict[int, Tensor] = {}
         if config.ve_layers:
@@ -1050,8 +1047,7 @@ class GPT(nn.Module):
             decoder_layer = layer - len(skip_weights)
             if decoder_layer >= 0 and skips:
                 x = x + skip_weights[decoder_layer] * skips.pop()
-            context = LayerContext(rope, value_embeds.get(layer), self.attend, layer, probe)
-            x = block(x, x0, weights[layer], context)
+            x = block(x, x0, weights[layer], LayerContext(rope, value_embeds.get(layer), self.attend, layer, probe))
             if decoder_layer < 0:
                 skips.append(x)
         return rms_norm(x)
@@ -1098,8 +1094,7 @@ class GPT(nn.Module):
     def token_scores(
         self, ids: Tensor, targets: Tensor, tail: int, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """For the last `tail` targets their log-probability and the entropy before them, (B, tail) fp32 in nats,
-        and the whole prediction (B, tail, V).
+        """Log-probability of the last `tail` targets and entropy there, (B, tail) fp32 in nats; all logp (B, tail, V).
 
         `temperature` is that of a certain prediction; a uniform one has 1.
         """
@@ -1180,7 +1175,7 @@ class LayerWeights(NamedTuple):
 
 
 class LayerContext(NamedTuple):
-    """What a layer needs besides its input and weights."""
+    """What a layer needs besides input and weights."""
 
     rope: Rope
     value_embed: Tensor | None
@@ -1189,7 +1184,7 @@ class LayerContext(NamedTuple):
     probe: Probe | None  # None leaves no trace in a compiled graph
 
     def record(self, name: str, x: Tensor) -> None:
-        """Show the probe what a matrix is about to be multiplied with."""
+        """Show the probe what a matrix will be multiplied with."""
         if self.probe is not None:
             self.probe(name, self.layer, x)
 
@@ -1260,10 +1255,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]:
-    """The backend's name and function: of FlashAttention 3, then 2, cuDNN and SDPA the first that is there.
-
-    Raises ConfigError when the one asked for cannot run here.
-    """
+    """The backend's name and function, the fastest one for "auto". Raises ConfigError for one that cannot run here."""
     on_cuda = device.type == "cuda"
     hopper = on_cuda and torch.cuda.get_device_capability(device)[0] == 9
     possible = {"fa3": hopper, "fa2": on_cuda, "cudnn": on_cuda, "sdpa": True, "auto": True}
@@ -1310,7 +1302,6 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal grouped-query attention by torch's own kernels."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
@@ -1331,7 +1322,7 @@ def export_plan(model: GPT) -> dict[str, str]:
 
 
 def grid_of(name: str, codec: str, config: Config) -> Grid | None:
-    """The grid of a tensor with a codec `intN`; None where no integers are stored."""
+    """None where no integers are stored."""
     clip_std = config.clip_std if name in BANK_NAMES else config.embed_clip_std
     return Grid(int(codec.removeprefix("int")), clip_std) if codec.startswith("int") else None
 
@@ -1347,13 +1338,13 @@ class Grid(NamedTuple):
         return 2 ** (self.bits - 1) - 1
 
     def clip(self, weight: Tensor) -> Tensor:
-        """Where each row is clipped, (…, 1). A standard deviation is taken about zero, as the levels are."""
+        """Where each row is clipped, (…, 1). A standard deviation is about zero, as the levels are."""
         if self.clip_std:
             return self.clip_std * weight.float().square().mean(dim=-1, keepdim=True).sqrt()
         return weight.float().abs().amax(dim=-1, keepdim=True)
 
     def scale(self, clip: Tensor) -> Tensor:
-        """fp16 scale, above 0, for rows clipped at `clip` (…, 1): the clip value lands on level qmax."""
+        """fp16, above 0, for rows clipped at `clip` (…, 1), which lands on level qmax."""
         return (clip.float() / self.qmax).clamp(2.0**-24, 65_504.0).half()
 
     def encode(self, weight: Tensor, scale: Tensor) -> Tensor:
@@ -1364,7 +1355,6 @@ class Grid(NamedTuple):
         return levels.float() * scale.float()
 
     def round_trip(self, weight: Tensor) -> Tensor:
-        """decode(encode(weight)) by this grid's own clip."""
         scale = self.scale(self.clip(weight))
         return self.decode(self.encode(weight, scale), scale)
 
@@ -1384,8 +1374,7 @@ fake_quantize.register_autograd(lambda _, grad: (grad, None, None))
 
 
 # 5. Optimizers ------------------------
-# In: gradients of this rank. Out: the same updated weights on every rank. Banks are updated by Parallel Muon,
-# everything else by AdamW; the table of roles says which rate is whose.
+# In: gradients of this rank. Out: the same updated weights on every rank.
 class Optimizers:
     """Banks under Muon, every other parameter under AdamW with one flat gradient buffer."""
 
@@ -1407,13 +1396,13 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_scale: float, muon_momentum: float, clip_norm: float) -> Tensor:
-        """Average gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
+        """Sum gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
 
-        The clip needs every gradient, so AdamW cannot begin while banks are being reduced. A norm that is not finite
-        leaves weights and optimizers as they are, on every rank and without asking the host.
+        The clip needs every gradient, so AdamW waits for the banks. A norm that is not finite leaves weights and
+        optimizers as they are, on every rank and without asking the host.
         """
         shards = self.muon.shards
-        split = shards if self.runtime.world_size > 1 else ()  # the largest bank first
+        split = shards if self.runtime.world_size > 1 else ()
         pending = [self.runtime.reduce_scatter(shard.own_grad, shard.grads) for shard in split]
         self.runtime.all_reduce_sum(self.flat_grad)
         for work in pending:
@@ -1457,7 +1446,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, finite: Tensor) -> None:
-        """Update the owned slices; each bank is gathered while the next one is being updated."""
+        """Update the owned slices; a bank is gathered while the next one is updated."""
         gathers: list[dist.Work] = []
         for shard in self.shards:
             momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
@@ -1475,8 +1464,8 @@ class Muon:
 
 
 class BankShard:
-    """One bank and its gradient, now views of buffers padded to the world size (so the collectives need no copies),
-    and this rank's slice of both and of the momentum."""
+    """One bank and its gradient as views of buffers padded to the world size, for collectives without copies, and
+    this rank's slice of both and of the momentum."""
 
     def __init__(self, parameter: nn.Parameter, runtime: Runtime):
         self.rows = parameter.size(0)
@@ -1493,7 +1482,7 @@ class BankShard:
         self.lr_ratio = max(1.0, parameter.size(-2) / parameter.size(-1)) ** 0.5
 
     def whole_momentum(self, runtime: Runtime) -> Tensor:
-        """The momentum of every rank, in the shape of the parameter."""
+        """All ranks' momentum, in the shape of the parameter."""
         whole = torch.zeros_like(self.values)
         whole[self.own_rows] = self.momentum
         return runtime.all_reduce_sum(whole)[: self.rows]
@@ -1517,7 +1506,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
 
 def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """One buffer whose views are the parameters' gradients, for a single all-reduce."""
+    """One buffer of all the parameters' gradients, for a single all-reduce."""
     sizes = [parameter.numel() for parameter in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
     for parameter, part in zip(parameters, flat.split(sizes)):
@@ -1539,13 +1528,12 @@ def muon_momentum_at(config: Config, step: int) -> float:
 
 
 # 6. Training ------------------------
-# In: batches. Out: trained weights and their average. The loop asks the other ranks, validates, saves, takes one
-# step; what may steer a step while a run goes on stands in `Controls` alone.
+# In: batches. Out: trained weights and their average.
 def make_trainer(
     config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
     checkpoints: Checkpoints,
 ) -> Trainer:  # fmt: skip
-    """Model, data and optimizers of a training run; logs how large they are."""
+    """Everything for a training run; logs how large it is."""
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
     model = GPT(config, choose_attention(config.attention, runtime.device)[1]).to(runtime.device)
@@ -1563,8 +1551,8 @@ def make_trainer(
 def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
     """Scale the embeddings of important tokens; returns the importance of every token, (V,) in [0, 1].
 
-    The embedding is normalised right after the lookup, so this acts through the tied output head alone.
-    Raises ConfigError when the blob was made for another tokenizer, or KG_PATH cannot be read.
+    Embeddings are normalised when looked up, so this acts through the tied output head alone. Raises ConfigError for
+    a blob that cannot be read or is for another tokenizer.
     """
     config = model.config
     try:
@@ -1613,21 +1601,16 @@ class Trainer:
         self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
         self.losses, self.crown_q = self.model.training_losses, self.model.crown_q
         if self.compiled:  # two graphs: the penalty is taken once a step, the losses once a micro-batch
-            self.losses = torch.compile(self.losses, dynamic=False, fullgraph=True)
-            self.crown_q = torch.compile(self.crown_q, dynamic=False, fullgraph=True)
+            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+            self.losses, self.crown_q = compiled(self.losses), compiled(self.crown_q)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
         # Updates left out, in a row and in all: copied without waiting, so on CUDA perhaps some steps old.
         self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.device.type == "cuda")
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
-    def train(self, state: State | None = None, source: str = "") -> None:
-        """Train until ITERATIONS or the wallclock cap, from `state` if there is one, validating on the way.
-
-        Raises ConfigError and CheckpointError for a state that is not of this run, UserError, Stopped.
-        """
-        if state is not None:
-            self.resume(state, source)
+    def train(self) -> None:
+        """Go on until ITERATIONS or the wallclock cap, validating on the way. Raises UserError, Stopped."""
         if self.finished:
             return
         self.warm_up()
@@ -1647,19 +1630,19 @@ class Trainer:
                 self.checkpoints.stop(signalled, step=self.step)
             if batch_failed:
                 self.loader.batch(self.step)  # raises where the batch is missing,
-                self.runtime.agree(0.0)  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
+                self.clock.agreed()  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
             self.one_step()
         self.clock.pause()
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
         self.log.row("compilations_in_timed_window", count=self.clock.compilations)
-        for line in self.swarm.summary() if self.swarm else ():
-            self.log.line(line)
+        if self.swarm:
+            self.log.line("\n".join(self.swarm.summary()))
         self.finished = True
         self.save()
 
     def one_step(self) -> None:
-        """Decide, train, average, and log when due."""
+        """Train, average, vote and log when due."""
         config = self.config
         lr_scale = lr_scale_at(config, self.step, self.elapsed_s)
         if not self.controls.qat and self.qat_due(lr_scale):
@@ -1682,7 +1665,7 @@ class Trainer:
             self.log_step("step", **shown)
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
-        """Forward, backward and update on global batch `step`. Returns the gradient's global norm."""
+        """Update on global batch `step`. Returns the gradient's global norm."""
         self.optimizers.zero_grad()
         batches = self.loader.batch(step)
         share = 1.0 / (len(batches) * self.runtime.world_size)
@@ -1701,11 +1684,11 @@ class Trainer:
         return self.optimizers.step(lr_scale, muon_momentum_at(self.config, step), self.controls.clip_norm)
 
     def foresee(self, micro_batches: int) -> None:
-        """Say, once the run's first micro-batch is through, where the cap leaves next to no steps."""
+        """Say, after the run's first micro-batch, where the cap leaves next to no steps."""
         self.runtime.synchronize()
         step_s, cap_s = self.clock.now() * micro_batches, self.config.training_seconds
         if 0 < cap_s < self.FEW_STEPS * step_s:
-            note = "MAX_WALLCLOCK_SECONDS leaves hardly any; RECIPE=laptop is for small machines, RECIPE=demo for a try"
+            note = "MAX_WALLCLOCK_SECONDS leaves hardly any; try RECIPE=laptop or RECIPE=demo"
             self.log.row("few_steps", note, expected=int(cap_s / step_s), step_s=step_s)
 
     def token_weights(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
@@ -1721,7 +1704,7 @@ class Trainer:
         return self.config.qat_bits > 0 and (lr_scale < threshold or threshold == 1)
 
     def vote(self, mesh: swarm_agents.VotingMesh, grad_norm: Tensor, lr_scale: float) -> None:
-        """One cycle of the swarm: rank 0 votes, every rank applies the outcome."""
+        """Rank 0 votes, every rank applies the outcome."""
         config, controls = self.config, self.controls
         self.loss_history.append(self.global_train_loss())
         metrics = swarm_agents.TrainingMetrics(
@@ -1734,8 +1717,7 @@ class Trainer:
         values = vars(controls) | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
         qat, *further = self.runtime.from_main(*values.values())
         self.controls = Controls(bool(qat), *further)
-        for line in mesh.log_lines():
-            self.log.line(line)
+        self.log.line("\n".join(mesh.log_lines()))
         for row in mesh.rows():
             self.log.tell("vote", step=self.step, **row)
 
@@ -1759,7 +1741,7 @@ class Trainer:
         """
         left_s = self.config.training_seconds - self.elapsed_s
         if 0 < left_s < self.SETTLED_S:
-            self.runtime.synchronize()  # in the last seconds, work still queued on the device counts
+            self.runtime.synchronize()  # work still queued counts in the last seconds
         own = self.runtime.signal, self.loader.batch_failed(self.step), *self.skipped_on_host.tolist()
         self.elapsed_s, signalled, batch_failed, self.skipped_in_a_row, skipped = self.clock.agreed(*own)
         if skipped > self.skipped_reported:
@@ -1773,13 +1755,17 @@ class Trainer:
         return int(signalled), bool(batch_failed)
 
     def validate_off_the_clock(self) -> None:
-        """Score the validation split without overlap while the training clock stands still."""
+        """Score the validation split while the training clock stands still."""
         self.clock.pause()
         self.elapsed_s = self.clock.agreed()[0]
-        scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
-        result = score_of(scores.logp, self.validation)
+        result = self.validation_score()
         self.log_step("step_validation", result.note, **result.headline(), **self._timing())
         self.clock.start()
+
+    def validation_score(self) -> Score:
+        """Of the weights as they are, in windows without overlap."""
+        scores = score_stream(self.model, self.config, self.runtime, self.validation, self.config.eval_seq_len)
+        return score_of(scores.logp, self.validation)
 
     def log_step(self, event: str, note: str = "", **fields: Any) -> None:
         step, steps, tokens = self.step, self.config.iterations, self.step * self.config.train_batch_tokens
@@ -1794,14 +1780,12 @@ class Trainer:
         return self.runtime.all_reduce_sum(self.train_loss.clone()).item() / self.runtime.world_size
 
     def save(self) -> None:
-        """Copy the state to rank 0's memory; a thread writes it while training goes on."""
+        """A thread of rank 0 writes a copy of the state while training goes on."""
         began, self.saved_at_s = time.perf_counter(), self.elapsed_s
-        state = self.state_dict()
-        if self.runtime.is_main:
-            self.checkpoints.save_step(self.step, state, began)
+        self.checkpoints.save_step(self.step, self.state_dict(), began)
 
     def state_dict(self) -> State:
-        """All that a resumed run needs. A collective: each rank owns a part of the momentum."""
+        """All that a resumed run needs. A collective, for the momentum."""
         return dict(
             model=self.model.state_dict(), optimizers=self.optimizers.state_dict(), average=self.average.state_dict(),
             swarm=self.swarm.state_dict() if self.swarm else {}, controls=dataclasses.asdict(self.controls),
@@ -1815,7 +1799,7 @@ class Trainer:
         own, found = flattened(self.state_dict() | {"config": {}, "identity": {}}), flattened(state)
         require_same_kinds(own, found)
         for path, leaf in own.items():
-            if isinstance(leaf, Tensor):  # most are those in use, which a copy is all that they need
+            if isinstance(leaf, Tensor):  # weights, moments and averages: the very tensors in use
                 leaf.copy_(found[path])
         for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
             shard.load_momentum(state["optimizers"]["muon"][name])
@@ -1832,7 +1816,7 @@ class Trainer:
         self.skipped_reported = float(self.skipped_on_host[1])
 
     def resume(self, state: State, source: str) -> None:
-        """Raises ConfigError for a state of other settings or data, CheckpointError for one that makes no sense."""
+        """Go on from a state. Raises ConfigError for one of other settings or data, CheckpointError for an odd one."""
         try:
             ours, stored = json.loads(self.config.to_json()), state["config"]
             names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != stored[name]]
@@ -1862,7 +1846,7 @@ class Controls:
 
 
 class WeightAverage:
-    """EMA with a ramped decay, the mean of snapshots (SWA), or nothing; of what the artifact holds."""
+    """EMA with a ramped decay, the mean of snapshots (SWA), or nothing."""
 
     def __init__(self, model: GPT, config: Config):
         self.config, self.count = config, 0
@@ -1885,7 +1869,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the average into the model, if there is one."""
+        """Put the average, if there is one, into the model."""
         if self.count:
             torch._foreach_copy_(self.sources, self.shadow)
 
@@ -1894,7 +1878,7 @@ class WeightAverage:
 
 
 class Clock:
-    """Training time, and the graphs compiled in it: it stands still while the run validates."""
+    """Training time, which stands still in validation, and the graphs compiled in it."""
 
     def __init__(self, runtime: Runtime):
         self.runtime, self.total_s, self.compilations = runtime, 0.0, 0
@@ -1912,7 +1896,7 @@ class Clock:
 
     def agreed(self, *largest: float) -> list[float]:
         """Rank 0's training time and the largest of each further number, on every rank."""
-        return self.runtime.agree(self.now(), *largest)
+        return self.runtime.largest(self.now() if self.runtime.is_main else -math.inf, *largest)
 
     def now(self) -> float:
         return self.total_s + (0.0 if self.started_at is None else time.perf_counter() - self.started_at)
@@ -1928,7 +1912,6 @@ def wants_compile(config: Config, runtime: Runtime) -> bool:
 
 
 def compile_count() -> int:
-    """Graphs compiled so far in this process."""
     import torch._dynamo.utils as dynamo_utils  # slow to import
 
     return dynamo_utils.counters["stats"]["unique_graphs"]
@@ -3155,10 +3138,6 @@ class Runtime:
             dist.broadcast(carrier, src=0, group=self.control_group)
         return carrier.tolist()
 
-    def agree(self, from_main: float, *largest: float) -> list[float]:
-        """Rank 0's first number and the largest over all ranks of each further one."""
-        return self.largest(from_main if self.is_main else -math.inf, *largest)
-
     def largest(self, *values: float) -> list[float]:
         """The largest over all ranks of each number."""
         carrier = torch.tensor(values, dtype=torch.float64)
@@ -3215,22 +3194,22 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
     dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
-    tokens = config.micro_batch_tokens or int(-negated_tokens)
-    log.row("machine", compute_dtype=dtype, native_bf16=int(not emulated), micro_batch_tokens=tokens)
-    return dataclasses.replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
+    chosen = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
+    log.row("machine", **chosen, native_bf16=int(not emulated))
+    return dataclasses.replace(config, **chosen)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices are native there; where they are emulated they are slower than fp32."""
+    """Whether products of bf16 matrices are native there; emulated ones are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_info().split())
 
 
 def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
-    """Tokens whose forward and backward pass fits this rank's share of the memory, by what passes were seen to take.
+    """Tokens whose forward and backward pass fits this rank's share of all memory, by what passes were seen to take.
 
-    Of all memory, not of what is free, so that a run can be repeated.
+    What is free does not count, so that a run can be repeated.
     """
     if runtime.device.type == "cuda":
         memory = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
@@ -3242,7 +3221,7 @@ def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
 
 
 def cpu_memory() -> float:
-    """Bytes of memory of this machine, or of the container around the process."""
+    """Bytes, of this machine or of the container around the process."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: a container without a limit
         return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

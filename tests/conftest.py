@@ -123,7 +123,7 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[[dict[str, str]], Ou
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> audit.Rehearsal:
     """What the audit trains for itself: a small artifact with TTT and a mixer, and the shards that it came from."""
-    recipe = train_gpt.Config.from_env({"RECIPE": "swarm", "DEVICE": "cpu"})
+    recipe = train_gpt.Config.from_env({"RECIPE": "swarm", "DEVICE": "cpu", "COMPUTE_DTYPE": "fp32"})
     made = audit.Rehearsal.prepare(tmp_path_factory.mktemp("rehearsal"), recipe)
     made.train(7)
     return made

@@ -49,7 +49,8 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
     monkeypatch.setattr(train_gpt, "CODE_DIR", folder)
 
     def edit(lines: str) -> None:
-        changed = source.replace('if __name__ == "__main__":', lines + '\n\nif __name__ == "__main__":')
+        imports = "import contextlib, os, socket, subprocess, sys, time, types\nimport numpy as np\n"
+        changed = source.replace('if __name__ == "__main__":', imports + lines + '\n\nif __name__ == "__main__":')
         (folder / "train_gpt.py").write_text(changed, encoding="utf-8")
 
     return edit
@@ -160,7 +161,6 @@ def test_files_modules_processes_and_networks(small: audit_run.Small, edited: Ed
     hidden = tmp_path / "hints.npy"
     np.save(hidden, np.zeros(3))
     edited(
-        "import subprocess\n"
         "with contextlib.suppress(ImportError):\n"
         "    import extra\n"
         f"np.load({str(hidden)!r})\n"

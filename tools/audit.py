@@ -715,6 +715,7 @@ asked = json.loads(sys.stdin.read())
 torch.set_num_threads(asked["threads"])
 model, config, _ = train_gpt.load_artifact(os.path.join(elsewhere, "artifact"))
 config = dataclasses.replace(config, **asked["settings"])
+model.compute_dtype = train_gpt.COMPUTE_DTYPES[config.compute_dtype]
 runtime = train_gpt.Runtime(config, {})
 tokens = np.array(asked["tokens"], dtype=np.int64)
 sizes = np.ones(len(tokens) - 1, dtype=np.int16)
@@ -734,10 +735,8 @@ def check_bare_process(artifact: Path, config: train_gpt.Config, tokens: np.ndar
     first import on it may open nothing but libraries and what is copied for it, start or connect to nothing, and
     unpickle no class.
     """
-    model, stored, _ = train_gpt.load_artifact(artifact)
-    device = train_gpt.Runtime(config, {}).device.type
-    config = dataclasses.replace(config, device=device)
-    model.to(device)
+    config = dataclasses.replace(audit_decode.as_run(config), device=train_gpt.Runtime(config, {}).device.type)
+    stored, model = train_gpt.load_artifact(artifact)[1], audit_decode.load_model(artifact, config)
     expected = [Neural(model, config, ttt=False).run(tokens).logp]
     if config.ttt_enabled:
         expected.append(Neural(model, config, ttt=True).run(tokens).logp)
@@ -866,7 +865,8 @@ class Rehearsal:
             validation = self.validation()
             with recorder.recording():
                 checkpoints = train_gpt.Checkpoints(self.config, runtime, log)
-                train_gpt.train_artifact(self.config, runtime, log, self.tokenizer, validation, checkpoints)
+                objects = self.config, runtime, log, self.tokenizer, validation, checkpoints
+                train_gpt.train_artifact(train_gpt.make_trainer(*objects))
             log.close()
         return Training(self.config.artifact_path.read_bytes(), recorder.opened, recorder.problems, arrivals.lines)
 
@@ -1081,9 +1081,8 @@ def audit_command(report: Report, small: audit_run.Small, given: Submission, eff
     audit_run.write_split(audit_run.data_folder(small), given.tokens, given.tokenizer.digest)
     out = small.folder / "out"
     out.mkdir()
-    model_dtype = train_gpt.load_artifact(small.artifact)[0].dtype
-    exact = train_gpt.Runtime(small.config, {}).device.type == "cpu" and model_dtype == torch.float32
-    tolerance = audit_run.SAME_ORDER if exact else audit_run.OTHER_ORDER
+    on_cpu = train_gpt.Runtime(small.config, {}).device.type == "cpu"
+    tolerance = audit_run.SAME_ORDER if on_cpu else audit_run.OTHER_ORDER
     said: list[audit_run.Said] = []
 
     def clean() -> Verdict:
@@ -1145,8 +1144,7 @@ def audit_own_model(report: Report, recipe: train_gpt.Config, effort: Effort, co
         if not audit_training(report, rehearsal):
             return
         config = rehearsal.config
-        model, _, _ = train_gpt.load_artifact(config.artifact_path)
-        model.to(train_gpt.Runtime(config, {}).device)
+        model = audit_decode.load_model(config.artifact_path, config)
         length = STREAM_TARGETS + int(report.rng(0).integers(20))
         tokens = make_stream(zipf_material(config.vocab_size, 400, 3), length + 1, report.seed)
         audit_stages(report, make_stages(model, config), config, tokens, effort)
@@ -1231,9 +1229,8 @@ def audit_file(report: Report, artifact: Path, config: train_gpt.Config, tokens:
 def audit_artifact(report: Report, recipe: train_gpt.Config, arguments: argparse.Namespace) -> None:
     """The same on a given artifact; quickly, at fewer targets of the stages that train."""
     artifact, effort = arguments.artifact, QUICK if arguments.quick else FULL
-    model, _, _ = train_gpt.load_artifact(artifact)
     config = shorten(recipe, STREAM_TARGETS)
-    model.to(train_gpt.Runtime(config, {}).device)
+    model = audit_decode.load_model(artifact, config)
     material, given = zipf_material(config.vocab_size, 400, 3), None
     if arguments.data:
         tokenizer, validation = read_split(arguments, recipe)
@@ -1304,6 +1301,7 @@ def audit(arguments: argparse.Namespace) -> Report:
     recipe = train_gpt.Config.from_env(os.environ)
     if arguments.artifact:
         recipe = overridden(train_gpt.load_artifact(arguments.artifact)[1], os.environ)
+    recipe = audit_decode.as_run(recipe)
     if arguments.decode:
         decode_alone(report, recipe, arguments)
         return report

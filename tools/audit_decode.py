@@ -209,6 +209,21 @@ class Mixture:
         self._add(self.probe.evidence.part(here), self.probe.learned[0, here])
 
 
+def as_run(config: train_gpt.Config) -> train_gpt.Config:
+    """The config with the precision that a run with it decides on, on this machine."""
+    if config.compute_dtype != "auto":
+        return config
+    native = train_gpt.multiplies_bf16(train_gpt.Runtime(config, {}).device)
+    return dataclasses.replace(config, compute_dtype="bf16" if native else "fp32")
+
+
+def load_model(artifact: Path, config: train_gpt.Config) -> train_gpt.GPT:
+    """The artifact's model as a run with this config has it: its device, its precision."""
+    model, _, _ = train_gpt.load_artifact(artifact)
+    model.compute_dtype = train_gpt.COMPUTE_DTYPES[as_run(config).compute_dtype]
+    return model.to(train_gpt.Runtime(config, {}).device)
+
+
 def neural_scores(
     model: train_gpt.GPT, config: train_gpt.Config, tokens: np.ndarray, target_bytes: np.ndarray
 ) -> train_gpt.TokenScores:
@@ -336,9 +351,9 @@ def answer_in_bare_process(folder: str) -> None:
     """The decoder's side of `decode_in_bare_process`."""
     asked = json.loads(sys.stdin.read())
     torch.set_num_threads(asked["threads"])
-    model, stored, _ = train_gpt.load_artifact(Path(folder, "artifact"))
-    config = dataclasses.replace(stored, **asked["settings"])
-    model.to(train_gpt.Runtime(config, {}).device)
+    artifact = Path(folder, "artifact")
+    config = dataclasses.replace(train_gpt.load_artifact(artifact)[1], **asked["settings"])
+    model = load_model(artifact, config)
     with np.load(Path(folder, "known.npz")) as arrays:
         rule = {name: arrays[name] for name in BYTE_RULE}
         prefix, words = arrays["prefix"], arrays["words"]
@@ -364,7 +379,7 @@ class Source(NamedTuple):
         start = min(int(fraction * num_targets), num_targets - count)
         rule = {name: np.asarray(getattr(self.tokenizer, name)) for name in BYTE_RULE}
         # A compiled forward pass cannot be held. The device is the one in use here, whatever the process chooses.
-        config = dataclasses.replace(config, compile=False, device=train_gpt.Runtime(config, {}).device.type)
+        config = dataclasses.replace(as_run(config), compile=False, device=train_gpt.Runtime(config, {}).device.type)
         return Known(config, num_targets, self.tokens[: start + 1].astype(np.int64), count, rule, mix_block)
 
 
@@ -387,8 +402,7 @@ def own_scores(model: train_gpt.GPT, known: Known, tokens: np.ndarray) -> np.nda
 def check_decoding(artifact: Path, source: Source, known: Known) -> tuple[bool, str, str]:
     """Whether the stretch comes back, the figures, and in one sentence what that proves. Raises UserError."""
     began = time.perf_counter()
-    model, _, _ = train_gpt.load_artifact(artifact)
-    model.to(train_gpt.Runtime(known.config, {}).device)
+    model = load_model(artifact, known.config)
     start, stop = known.start, known.stop
     stretch = f"targets {start:,} to {stop - 1:,} of {known.num_targets:,}"
     scored = -own_scores(model, known, source.tokens)[start:stop].astype(np.float64)

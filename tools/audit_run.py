@@ -31,7 +31,7 @@ import train_gpt
 
 TIMEOUT_S = 1800.0  # of a command that does not end
 # How far, relative to it, the printed score may be from the audit's. One process on a CPU adds in the same order as
-# the audit; ranks, kernels compiled for the command alone and bf16 round otherwise, and TTT carries that on.
+# the audit, in bf16 too; several ranks and CUDA may round otherwise, in bf16 by more, and TTT carries that on.
 SAME_ORDER, OTHER_ORDER = 1e-5, 2e-3
 SLOWEST_CLOCK, SLACK_S = 0.9, 0.3  # of the seconds outside, what must be claimed, but for lines that arrive late
 EVALUATION = re.compile(r"(?:final_|legal_ttt)\S* .*eval_time:([\d.]+)ms")

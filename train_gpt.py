@@ -3194,7 +3194,8 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
     dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
-    chosen = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
+    tokens = config.micro_batch_tokens or int(-negated_tokens)
+    chosen: dict[str, Any] = dict(compute_dtype=dtype, micro_batch_tokens=tokens)
     log.row("machine", **chosen, native_bf16=int(not emulated))
     return dataclasses.replace(config, **chosen)
 

@@ -18,19 +18,20 @@ $(VENV)/ready: $(REQUIREMENTS) constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt $(REQUIREMENTS:%=-r %)
 	touch $@
 
-$(RUN)/data/manifest.json: $(VENV)/ready
+$(RUN)/data/manifest.json: $(VENV)/ready data/kg_words.tsv
 	mkdir -p $(RUN)
 	$(BIN)/python data/demo_corpus.py --out $(RUN)/corpus.jsonl
 	$(BIN)/python data/prepare.py $(RUN)/corpus.jsonl --out $(RUN)/data --train-tokenizer 1024 --val-fraction 0.04
 
-$(RUN)/kg_blob.txt: $(RUN)/data/manifest.json data/kg_words.tsv
-	$(BIN)/python tools/build_kg.py blob --tokenizer $(RUN)/data/tokenizer.model --out $@
-
-demo: $(RUN)/kg_blob.txt
+demo: $(RUN)/data/manifest.json
 	RECIPE=demo $(BIN)/python train_gpt.py
 	$(BIN)/python tools/demo_summary.py $(RUN)
 	$(BIN)/python tools/sample.py --artifact $(RUN)/final_model.int6.ptz --tokenizer $(RUN)/data/tokenizer.model \
 	  --prompt "The function" --tokens 40 --temperature 0.6
+	@echo
+	@echo "Your own text next: a file or a folder in the place of TEXT, ten minutes of training."
+	@echo "    $(BIN)/python data/prepare.py TEXT --out data/mine --train-tokenizer 1024"
+	@echo "    DATA_PATH=data/mine RECIPE=laptop $(BIN)/python train_gpt.py"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -148,7 +148,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    shown = dict(targets=validation.num_targets, bytes=validation.total_bytes, digest=validation.digest[:16])
+    shown: State = dict(targets=validation.num_targets, bytes=validation.total_bytes, digest=validation.digest[:16])
     log.row("validation", validation.note, **shown)
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
@@ -3194,8 +3194,7 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
     dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
-    tokens = config.micro_batch_tokens or int(-negated_tokens)
-    chosen: dict[str, Any] = dict(compute_dtype=dtype, micro_batch_tokens=tokens)
+    chosen: State = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
     log.row("machine", **chosen, native_bf16=int(not emulated))
     return dataclasses.replace(config, **chosen)
 

@@ -42,7 +42,7 @@ def main() -> None:
             checkpoints.finish()
             began = time.perf_counter()
             path = checkpoints.numbered()[-1]
-            checkpoints.read(path)
+            train_gpt.read_state(path.read_bytes(), path)
             cost = checkpoints.cost
             read_s = time.perf_counter() - began
             kept = {name: cost[name] for name in ("stall_ms", "write_s", "bytes")}

@@ -84,8 +84,8 @@ def git_commit(root: Path = REPO) -> str:
     """Short hash of the commit that the code is at, `-dirty` where tracked files differ; "unknown" outside git."""
     try:
         commit = _git(root, "rev-parse", "--short=10", "HEAD")
-        # Results and the README made from them are no code: writing them must not change the name of the code.
-        unseen = ":!bench/results", ":!README.md"
+        # Results and the pages made from them are no code: writing them must not change the name of the code.
+        unseen = ":!bench/results", ":!*.md", ":!docs"
         changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *unseen)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,25 +1,32 @@
 """Which layout of the quantized levels compresses best, how near that is to their entropy, and how long it takes.
 
-    python bench/packing.py [--artifact final_model.int6.ptz] [--full-size] [--quick] [--out FILE]
+    python bench/packing.py [--artifact final_model.int6.ptz] [--full-size] [--quick] [--coders] [--out FILE]
 
 Levels of a trained artifact, and with --full-size those of the default 11-layer model whose weights are drawn
 (independent normal numbers: nothing to exploit but their distribution, and the real sizes for the seconds). Each
 layout is compressed with zstd-22, brotli-11 and lzma-9 (extreme); `ans` is what the artifact uses. Bytes are those of
 the levels alone, with everything needed to decode them. Bounds are order-0 entropies, histograms free of charge: one
 histogram a tensor, or one for all tensors of a role. Seconds are CPU time of this process, wall time beside it.
+
+With --coders it compares instead the coder of train_gpt.py with that of the library `constriction` on the same levels
+and size classes: bytes after zstd-22, seconds of repeats that take turns, and bytes that either adds to a record.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import json
 import lzma
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +39,8 @@ import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
+from bench import common
+from tools import record_fold
 
 Levels = dict[str, np.ndarray]
 SHORT = ("one byte a level", "bits packed", "ans")  # what is measured at full size, where brotli-11 takes a minute
@@ -197,6 +206,10 @@ def quantized(model: train_gpt.GPT) -> dict[str, torch.Tensor]:
     return train_gpt.quantize(model.state_dict(), model.plan, train_gpt.Config())
 
 
+def drawn_levels(model: train_gpt.GPT) -> Levels:
+    return {name: tensor.numpy() for name, tensor in quantized(model).items() if tensor.dtype == torch.int8}
+
+
 def measure_artifact(model: train_gpt.GPT) -> dict[str, Any]:
     """The whole way from weights to file and back, with quantization."""
     with tempfile.TemporaryDirectory() as folder:
@@ -253,6 +266,129 @@ def describe(title: str, levels: Levels, names: list[str]) -> dict[str, Any]:
     }
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The own coder beside a library's.
+# ----------------------------------------------------------------------------------------------------------
+OWN_CODER = ("ANS_BITS", "ANS_FLOOR", "encode_levels", "decode_levels", "ans_tables")  # what the library would replace
+
+
+def library_encode_levels(levels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `train_gpt.encode_levels` would be with the library: the same sizes and classes, the histograms exact."""
+    stream = train_gpt.require("constriction", "packing the artifact").stream
+    arrays, keys = {}, []
+    for name, level in sorted(levels.items()):
+        energy = np.square(level, dtype=np.float32)
+        for axis, side in ((-1, "rows"), (-2, "columns")):
+            mean = energy.mean(axis, keepdims=True).clip(min=2.0**-6)
+            arrays[f"{name}.{side}"] = (np.rint(2 * np.log2(mean)) + 12).astype(np.uint8)
+            energy = energy / mean
+        classes = train_gpt.size_classes(arrays[f"{name}.rows"], arrays[f"{name}.columns"])
+        keys.append(classes << 8 | level.reshape(-1).view(np.uint8))
+    key = np.concatenate(keys)
+    counts = np.bincount(key, minlength=train_gpt.SIZE_CLASSES * 256).reshape(train_gpt.SIZE_CLASSES, 256)
+    symbols = (key[np.argsort(key >> 8, kind="stable")] & 255).astype(np.int32)
+    coder = stream.stack.AnsCoder()
+    for row, part in zip(counts[::-1], np.split(symbols, counts.sum(1).cumsum()[:-1])[::-1]):
+        if len(part):
+            coder.encode_reverse(part, stream.model.Categorical(row.astype(np.float32), perfect=False))
+    return arrays | {"ans.counts": counts.astype(np.uint32), "ans.words": coder.get_compressed()}
+
+
+def library_decode_levels(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, torch.Size]) -> dict[str, np.ndarray]:
+    """Undo `library_encode_levels`. Raises KeyError or ValueError for what it cannot have made."""
+    stream = train_gpt.require("constriction", "reading the artifact").stream
+    sizes = {name: (arrays[f"{name}.rows"], arrays[f"{name}.columns"]) for name in sorted(shapes)}
+    for name, (rows, columns) in sizes.items():
+        if np.broadcast_shapes(rows.shape, columns.shape) != shapes[name]:
+            raise ValueError(f"{name} has levels of another shape than the model")
+    classes, counts = np.concatenate([train_gpt.size_classes(*sides) for sides in sizes.values()]), arrays["ans.counts"]
+    if (np.bincount(classes, minlength=train_gpt.SIZE_CLASSES) != counts.sum(1)).any():
+        raise ValueError("the histograms of the levels do not add up")
+    coder, flat = stream.stack.AnsCoder(arrays["ans.words"]), np.empty(len(classes), np.uint8)
+    used = (row for row in counts if row.any())
+    models = ((stream.model.Categorical(row.astype(np.float32), perfect=False), int(row.sum())) for row in used)
+    flat[np.argsort(classes, kind="stable")] = np.concatenate([coder.decode(*each) for each in models])
+    if not coder.is_empty():
+        raise ValueError("the code of the levels does not come out even")
+    parts = np.split(flat.view(np.int8), np.cumsum([shapes[name].numel() for name in sizes])[:-1])
+    return {name: part.reshape(shapes[name]) for name, part in zip(sizes, parts)}
+
+
+def without_coder(program: str) -> tuple[str, str]:
+    """train_gpt.py without its coder, and the coder's lines. Raises ValueError where some of it is not found."""
+    lines, cut, found = program.splitlines(keepends=True), [], set()
+    for node in reversed(ast.parse(program).body):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names = [getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))]
+        if own := set(names) & set(OWN_CODER):
+            found |= own
+            span = slice(node.lineno - 1, node.end_lineno)
+            cut[:0] = lines[span]
+            lines[span] = []
+    if missing := set(OWN_CODER) - found:
+        raise ValueError(f"train_gpt.py has no {', '.join(sorted(missing))}; bring OWN_CODER up to date")
+    return "".join(lines), "".join(cut)
+
+
+def coder_bytes() -> dict[str, dict[str, int]]:
+    """Of either coder: bytes of its source, the same without docstrings and comments, and bytes it adds to a record."""
+    sources = record_fold.read_sources(common.REPO)
+    rest, own = without_coder(sources[record_fold.PROGRAM])
+    functions = (library_encode_levels, library_decode_levels)
+    library = "\n\n".join(map(inspect.getsource, functions)).replace("train_gpt.", "").replace("library_", "")
+
+    def folded(program: str) -> int:
+        return len(record_fold.fold(sources | {record_fold.PROGRAM: program}, "", {}).encode())
+
+    def code(source: str) -> int:
+        lines = record_fold.without_prose(source, record_fold.PROGRAM).splitlines()
+        return sum(len(line.encode()) + 1 for line in lines if line)
+
+    bare = folded(rest)
+    return {
+        name: dict(source=len(source.encode()), code=code(source), record=folded(f"{rest}\n\n{source}") - bare)
+        for name, source in (("own", own), ("library", library))
+    }
+
+
+def compare_coders(levels: Levels, repeats: int = 7) -> dict[str, Any]:
+    """Bytes and CPU seconds of both coders, medians of repeats that take turns after one that does not count."""
+    shapes = {name: torch.Size(q.shape) for name, q in levels.items()}
+    coders = {
+        "own": (train_gpt.encode_levels, train_gpt.decode_levels),
+        "library": (library_encode_levels, library_decode_levels),
+    }
+    coded = {name: encode(levels) for name, (encode, _) in coders.items()}
+    actions: dict[str, Callable[[], Any]] = {}
+    for name, (encode, decode) in coders.items():
+        assert all(np.array_equal(q, levels[key]) for key, q in decode(coded[name], shapes).items())
+        actions[f"{name} encode"] = lambda encode=encode: encode(levels)
+        actions[f"{name} decode"] = lambda decode=decode, arrays=coded[name]: decode(arrays, shapes)
+    seconds = common.timed_in_turn(actions, burn_in=1, repeats=repeats)
+    code, rows = coder_bytes(), []
+    for name, arrays in coded.items():
+        stream = b"".join(train_gpt.shuffle_bytes(array).tobytes() for array in arrays.values())
+        row: dict[str, Any] = {"coder": name, "bytes": len(zstandard.compress(stream, 22))}
+        row |= {f"{way}_cpu_s": round(statistics.median(seconds[f"{name} {way}"]), 3) for way in ("encode", "decode")}
+        rows.append(row | {f"{kind}_bytes": count for kind, count in code[name].items()})
+    ratios = {
+        f"{way}_ratio": statistics.median(
+            ours / theirs for ours, theirs in zip(seconds[f"own {way}"], seconds[f"library {way}"])
+        )
+        for way in ("encode", "decode")
+    }
+    print(common.table(rows))
+    print("own seconds in those of the library, medians of pairs: ", end="")
+    print(", ".join(f"{name.removesuffix('_ratio')} {ratio:.2f}" for name, ratio in ratios.items()))
+    return {
+        "levels": sum(q.size for q in levels.values()),
+        "repeats": repeats,
+        "rows": rows,
+        **{name: round(ratio, 3) for name, ratio in ratios.items()},
+        "constriction": metadata.version("constriction"),
+    }
+
+
 def surroundings() -> Mapping[str, str]:
     command = ["git", "-C", str(train_gpt.CODE_DIR), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -273,17 +409,20 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, help="a trained artifact whose levels are laid out")
     parser.add_argument("--full-size", action="store_true", help="also the default model, drawn (minutes)")
     parser.add_argument("--quick", action="store_true", help="instead of that a drawn model of two layers")
+    parser.add_argument("--coders", action="store_true", help="the own coder beside a library's, instead of layouts")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     args = parser.parse_args()
     result: dict[str, Any] = {"bench": "packing", **surroundings()}
-    if args.artifact:
+    if args.coders:
+        result["coders"] = compare_coders(
+            read_levels(args.artifact) if args.artifact else drawn_levels(drawn_model(quick=not args.full_size))
+        )
+    elif args.artifact:
         result["artifact"] = describe(str(args.artifact), read_levels(args.artifact), list(LAYOUTS))
-    if args.full_size or args.quick or not args.artifact:
+    if not args.coders and (args.full_size or args.quick or not args.artifact):
         model = drawn_model(quick=not args.full_size)
-        tensors = quantized(model)
-        levels = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.int8}
         title = f"drawn weights, {model.config.num_layers} layers"
-        result["drawn"] = describe(title, levels, list(SHORT)) | measure_artifact(model)
+        result["drawn"] = describe(title, drawn_levels(model), list(SHORT)) | measure_artifact(model)
         shown = ("artifact_bytes", "quantize_cpu_s", "pack_cpu_s", "pack_wall_s", "load_cpu_s", "load_wall_s")
         print("  ".join(f"{name}: {result['drawn'][name]:,}" for name in shown))
     print(json.dumps(result), flush=True)

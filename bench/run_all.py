@@ -3,8 +3,8 @@
     python bench/run_all.py --device cpu|cuda [--quick] [--only NAME …] [--out FILE]
 
 Each script runs in a process of its own with seconds of its own. One that fails, or is not done by then, is named in
-the file with what it printed last, and the others go on; the exit code is 1 when there was one. README's performance
-table is made from the file by tools/report.py.
+the file with what it printed last, and the others go on; the exit code is 1 when there was one. The performance
+table in docs/results.md is made from the file by tools/report.py.
 """
 
 from __future__ import annotations

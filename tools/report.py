@@ -1,11 +1,12 @@
-"""Make README's performance table from what bench/run_all.py wrote, and docs/settings.md from train_gpt.Config.
+"""Write what docs/ says in figures from bench/results/, logs/ and train_gpt.Config, and README's picture.
 
-    python tools/report.py             # print the performance table
+    python tools/report.py             # print the tables
     python tools/report.py --recipes   # print what each recipe sets
-    python tools/report.py --write     # put the table between README's two markers, and write docs/settings.md
+    python tools/report.py --write     # put them into docs/, each between the two markers of its name
 
-For each device the newest file bench/results/<device>-*.json counts. README marks the place by the lines
-<!-- performance --> and <!-- /performance -->.
+docs/settings.md is made whole. In the other pages the lines <!-- NAME --> and <!-- /NAME --> mark where the table of
+that name stands. For each device the newest file bench/results/<device>-*.json counts; the scores by stage, and the
+picture of them, are those of the logs that submission.json names. Drawing needs matplotlib (requirements-tools.txt).
 """
 
 from __future__ import annotations
@@ -16,21 +17,35 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
+
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
-SETTINGS = REPO / "docs" / "settings.md"
 sys.path.insert(1, str(REPO))
 import train_gpt  # noqa: E402
+from bench import common  # noqa: E402
+from tools import run_figures  # noqa: E402
 
 RESULTS = REPO / "bench" / "results"
-MARKERS = ("<!-- performance -->", "<!-- /performance -->")
+PICTURE = "docs/results.svg"
+STAGES = {
+    "diagnostic": "averaged weights, before quantization", "roundtrip": "artifact, windows without overlap",
+    "sliding_window": "artifact, sliding window", "legal_ttt": "+ score-first TTT", "mixed": "+ default mixer",
+}  # fmt: skip
+CONTEST_TARGETS = 62_021_632
+UTILISATIONS = (0.25, 0.35)  # of the data sheet's peak; 0.27 is what 85 ms a step on eight H100s mean
+GPU_GIB = (16, 24, 40, 80, 141)
 
 
 class ReportError(Exception):
-    """Results or a README that no table can be made from; the text says what to do."""
+    """Results or a page that no table can be made from or put into; the text says what to do."""
 
 
+# Speed ------------------------
 def newest_results(folder: Path) -> list[dict[str, Any]]:
     """The newest whole run of each device, CPU first. Raises ReportError when there is none."""
     newest: dict[str, dict[str, Any]] = {}
@@ -58,42 +73,184 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def table(run: dict[str, Any]) -> list[str]:
+def speed_of(run: dict[str, Any]) -> list[str]:
     """The lines of one device's table; scripts without a result are named below it."""
-    lines = [describe(run), "", "| what | measured | limit | by |", "|---|---|---|---|"]
+    rows = []
     for row in run["scripts"]:
         for line in row.get("result", {}).get("headlines", []):
             limit = ""
             if "limit" in line:
                 verdict = "" if line["kept"] else ", missed"
                 limit = f"{'≥' if line['at_least'] else '≤'} {figure(line['limit'])}{verdict}"
-            measured = f"{figure(line['value'])} {line['unit']}"
-            lines.append(f"| {line['what']} | {measured} | {limit} | `bench/{row['script']}.py` |")
+            rows.append([line["what"], f"{figure(line['value'])} {line['unit']}", limit, f"`bench/{row['script']}.py`"])
     failed = [f"`bench/{row['script']}.py` ({row['error']})" for row in run["scripts"] if "error" in row]
-    return [*lines, "", *([f"Without a whole result: {', '.join(failed)}.", ""] if failed else [])]
+    without = ["", f"Without a whole result: {', '.join(failed)}."] if failed else []
+    return [describe(run), "", *table(["what", "measured", "limit", "by"], rows), *without]
 
 
-def render(folder: Path = RESULTS) -> str:
-    """The tables of all devices, markers included."""
-    lines = [line for run in newest_results(folder) for line in table(run)]
-    return "\n".join([MARKERS[0], *lines[:-1], MARKERS[1]])
+def performance(folder: Path = RESULTS) -> list[str]:
+    """The tables of all devices."""
+    return [line for run in newest_results(folder) for line in ["", *speed_of(run)]][1:]
 
 
-def between_markers(text: str) -> tuple[int, int]:
-    """Where README's table begins and ends, markers included. Raises ReportError without one pair of markers."""
-    first, last = (text.find(marker) for marker in MARKERS)
-    if first < 0 or last < first or text.count(MARKERS[0]) != 1 or text.count(MARKERS[1]) != 1:
-        raise ReportError(f"README.md needs one line {MARKERS[0]} and after it one line {MARKERS[1]}")
-    return first, last + len(MARKERS[1])
+# Scores ------------------------
+def read_results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def submitted_scores() -> dict[str, dict[str, float]]:
+    """bpb by seed and stage of the logs that submission.json names."""
+    found: dict[str, dict[str, float]] = {}
+    for name in json.loads((REPO / "submission.json").read_text(encoding="utf-8"))["logs"]:
+        rows = [json.loads(line) for line in (REPO / name).read_text(encoding="utf-8").splitlines()]
+        seed = next(str(row["seed"]) for row in rows if row["event"] == "config")
+        scored = [(row["event"].lower(), row["val_bpb"]) for row in rows if "val_bpb" in row]
+        stages = {stage: bpb for event, bpb in scored for stage in STAGES if stage in event and "int8" not in event}
+        found[seed] = {stage: stages[stage] for stage in STAGES if stage in stages}
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+
+
+def stages() -> list[str]:
+    """Mean and sample standard deviation over the seeds."""
+    seeds = submitted_scores()
+    each = next(iter(seeds.values()))
+    rows = [[STAGES[stage], spread([scores[stage] for scores in seeds.values()])] for stage in each]
+    return table(["stage", "bpb"], rows)
+
+
+def draw_stages() -> str:
+    """The same as an SVG file: a dot for each seed."""
+    seeds = submitted_scores()
+    each = list(next(iter(seeds.values())))
+    columns = [[scores[stage] for scores in seeds.values()] for stage in each]
+    lines = [
+        run_figures.Line(f"seed {seed}", [scores[stage] for stage in each], range(len(each)), *run_figures.style_of(n))
+        for n, (seed, scores) in enumerate(seeds.items())
+    ]
+    names = [f"{STAGES[stage]}\n{spread(column)}" for stage, column in zip(each, columns)]
+    means = "; ".join(f"{STAGES[stage]}: {fmean(column):.4f}" for stage, column in zip(each, columns))
+    chart = run_figures.Chart("bits per byte", "", 2.6)
+    svg = run_figures.draw_dots(names, lines, chart, f"Bits per byte by stage, mean of {len(seeds)} seeds. {means}")
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f'<svg {spaces} width="640" font-family="sans-serif" ', 1) + "\n"
+
+
+def mixers() -> list[str]:
+    """On the scores of the sliding window."""
+    rows = []
+    for row in read_results("cpu-mixing_quality.json")["rows"]:
+        if row["stream"] == "sliding window":
+            mass = f"{row['mass']:.4f}" if row["valid"] else f"{row['mass']:.2f}"
+            rows.append([row["mixer"], f"{row['bpb']:.4f}", mass, "" if row["valid"] else "INVALID"])
+    return table(["on the sliding-window scores", "bpb", "mass", ""], rows)
+
+
+def quantization() -> list[str]:
+    """What rounding costs in bpb, by bits and method, with and without QAT before it."""
+    rows = [row for row in read_results("cpu-quantization.json")["rows"] if not row["soft_rounding"]]
+    kept = {(row["qat"], row["quantizer"], row["bits"]): row for row in rows if row["crown_q_lambda"] == 0}
+    methods = [(qat, quantizer) for qat in (False, True) for quantizer in ("lite", "gptq")]
+    lines = []
+    for bits in sorted({row["bits"] for row in rows}):
+        taxes = [f"{kept[(*method, bits)]['tax']:+.4f}" for method in methods]
+        divergences = [f"{1000 * kept[(*method, bits)]['divergence']:.2f}" for method in methods[:2]]
+        lines.append([f"{bits}", *taxes, *divergences, f"{kept[False, 'lite', bits]['artifact_bytes']:,}"])
+    return table(["bits", "lite", "gptq", "QAT, lite", "QAT, gptq", "KL lite", "KL gptq", "bytes"], lines)
+
+
+def ablation() -> list[str]:
+    rows = [
+        [name, *(f"{row['mean']:.4f} ± {row['std']:.4f}" for row in kinds.values())]
+        for name, kinds in read_results("cpu-ablation.json")["bpb"].items()
+    ]
+    return table(["what is on", "averaged weights", "artifact"], rows)
+
+
+def faults() -> list[str]:
+    cases = read_results("cpu-fault_campaign.json")["cases"]
+    names = list(next(iter(cases.values())))
+    rows = [[fault, str(sum(row.values())), *(str(row[name]) for name in names)] for fault, row in cases.items()]
+    return table(["fault", "cases", *names], rows)
+
+
+# One GPU ------------------------
+def memory() -> list[str]:
+    """MICRO_BATCH_TOKENS that the program takes by itself, and the micro-batches of a step that follow."""
+    recipes = [config_of(name) for name in ("swarm", "hedge", "frontier")]
+    rows = []
+    for gib in GPU_GIB:
+        cells = []
+        for config in recipes:
+            tokens = fitting_tokens(config, gib)
+            plan = train_gpt.BatchPlan.of(dataclasses.replace(config, micro_batch_tokens=tokens), 1)
+            cells.append(f"{tokens:,} ({plan.grad_accum_steps})")
+        rows.append([f"{gib} GiB", *cells])
+    return table(["memory of the GPU", *(f"`{config.recipe}`" for config in recipes)], rows)
+
+
+def config_of(recipe: str) -> train_gpt.Config:
+    """Its settings away from any data."""
+    return train_gpt.Config.from_env({"RECIPE": recipe, "DATA_PATH": "no such folder"})
+
+
+def fitting_tokens(config: train_gpt.Config, gib: float) -> int:
+    """What train_gpt.py takes in bf16 on a GPU of that memory, which need not be there."""
+    runtime: Any = SimpleNamespace(device=torch.device("cuda"), local_world_size=1)
+    device = SimpleNamespace(total_memory=gib * 2**30)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=device):
+        return train_gpt.fitting_tokens(config, runtime, itemsize=2)
+
+
+def step_times() -> list[str]:
+    """Estimates from FLOPs alone, for a part of the peak."""
+    config = config_of("swarm")
+    flops = common.train_flops_per_token(config, config.train_seq_len)
+    forwards = train_gpt.projected_seconds(dataclasses.replace(config, mixer="none"), CONTEST_TARGETS, 1.0)
+    rows = []
+    for gpu, peak in common.DATASHEET_PEAKS.items():
+        steps = [flops * config.train_batch_tokens / (peak * share) for share in UTILISATIONS]
+        scoring = [flops / 3 * CONTEST_TARGETS * forwards / (peak * share) for share in UTILISATIONS]
+        cells = [steps, [600 / step for step in steps], scoring]
+        shown = [" to ".join(f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in cell) for cell in cells]
+        rows.append([gpu, f"{peak / 1e12:.0f} TFLOP/s", *shown])
+    return table(["GPU", "bf16 peak", "seconds a step", "steps in 600 s", "seconds of scoring, all stages"], rows)
+
+
+# Pages ------------------------
+PAGES = {
+    "docs/results.md": dict(
+        stages=stages, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance
+    ),
+    "docs/faults.md": dict(faults=faults),
+    "docs/one_gpu.md": {"memory": memory, "step times": step_times},
+}  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" if row else "|---" * len(head) + "|" for row in (head, [], *rows)]
+
+
+def filled(page: str, name: str, lines: Sequence[str]) -> str:
+    """The page's text with these lines between the markers of that name. Raises ReportError without one such pair."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = page.partition(f"{start}\n")
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or start in rest or end in before + after:
+        raise ReportError(f"needs one line {start} and after it one line {end}")
+    return before + "\n".join([start, *lines, end]) + after
 
 
 def recipe_table(recipes: Mapping[str, Mapping[str, Any]]) -> str:
     """One row a recipe: the settings that it makes beyond the defaults."""
-    lines = ["| recipe | sets beyond the defaults |", "|---|---|"]
-    for recipe, values in recipes.items():
-        shown = (f"`{name.upper()}={train_gpt.as_variable(value)}`" for name, value in values.items())
-        lines.append(f"| `{recipe}` | {' '.join(shown)} |")
-    return "\n".join(lines)
+    rows = [
+        [f"`{recipe}`", " ".join(f"`{name.upper()}={train_gpt.as_variable(value)}`" for name, value in values.items())]
+        for recipe, values in recipes.items()
+    ]
+    return "\n".join(table(["recipe", "sets beyond the defaults"], rows))
 
 
 def settings_page() -> str:
@@ -108,27 +265,45 @@ def settings_page() -> str:
     return "\n".join([*lines, "", "## Recipes", "", recipe_table(train_gpt.RECIPES), ""])
 
 
+def pages(folder: Path) -> dict[str, str]:
+    """Every file that is made here, or partly, as it should be; what is not made stands in `folder`.
+
+    Raises ReportError.
+    """
+    made = {}
+    for name, parts in PAGES.items():
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+            for part, write in parts.items():
+                text = filled(text, part, write())
+        except (OSError, ReportError) as error:
+            raise ReportError(f"{name}: {error}") from error
+        made[name] = text
+    return made | {"docs/settings.md": settings_page(), PICTURE: draw_stages()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="change README.md and docs/settings.md")
-    parser.add_argument("--recipes", action="store_true", help="print the recipe table instead")
+    parser.add_argument("--write", action="store_true", help="change the pages")
+    parser.add_argument("--recipes", action="store_true", help="print the recipe table alone")
+    parser.add_argument("--folder", type=Path, default=REPO, help="where docs/ lies (default: this repository)")
     args = parser.parse_args(argv)
     if args.recipes:
         print(recipe_table(train_gpt.RECIPES))
         return 0
-    readme = REPO / "README.md"
     try:
-        rendered = render()
-        if args.write:
-            text = readme.read_text(encoding="utf-8")
-            first, last = between_markers(text)
-            readme.write_text(text[:first] + rendered + text[last:], encoding="utf-8")
-            SETTINGS.parent.mkdir(exist_ok=True)
-            SETTINGS.write_text(settings_page(), encoding="utf-8")
+        if not args.write:
+            print("\n\n".join("\n".join(write()) for parts in PAGES.values() for write in parts.values()))
+            return 0
+        made = pages(args.folder)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {readme} and {SETTINGS}" if args.write else rendered)
+    for name, text in made.items():
+        path = args.folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path}")
     return 0
 
 

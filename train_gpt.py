@@ -3023,7 +3023,8 @@ class Runtime:
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
-        rank, when = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None, time.time()
+        rank = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None
+        when = datetime.datetime.now().timestamp()
         line = f"error: rank {rank}: {text}" if rank else f"error: {text}"
         # What every rank finds is for rank 0 to say: its launcher then ends the others.
         time.sleep(2.0 if rank and rank != "0" else 0.0)

@@ -179,9 +179,9 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
 def train_artifact(trainer: Trainer) -> Path:
     """Train, average the weights and write the artifact; from a checkpoint only what is missing of that."""
     config, log, checkpoints = trainer.config, trainer.log, trainer.checkpoints
-    state, source = checkpoints.find_training()
+    state = checkpoints.find_training()
     if state is not None:
-        trainer.resume(state, source)
+        trainer.resume(state, checkpoints.newest)
     elif config.resume:
         log.row("resume", f"no whole checkpoint in {checkpoints.folder}: training from the beginning")
     trainer.train()
@@ -2988,7 +2988,7 @@ def iter_hashed_counts(
         whole[: order - 1] = False
         own = context[where]
         for added, asked in ((context, own), (context ^ tokens * multiplier, own ^ target * multiplier)):
-            keys = _sorted(((added & mask) << 31 | block_of)[whole])
+            keys = _sorted(((added & mask) << 31 | block_of)[whole])  # a bucket's blocks side by side
             first = (asked & mask) << 31
             low, high = (torch.searchsorted(keys, key, out_int32=True) for key in (first, first | block_of[where]))
             counts.append((high - low).cpu().numpy())
@@ -3023,10 +3023,11 @@ class Runtime:
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
-        several, when = "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1", datetime.datetime.now().timestamp()
-        line = f"error: rank {environ['RANK']}: {text}" if several else f"error: {text}"
+        rank = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None
+        when = datetime.datetime.now().timestamp()
+        line = f"error: rank {rank}: {text}" if rank else f"error: {text}"
         # What every rank finds is for rank 0 to say: its launcher then ends the others.
-        time.sleep(2.0 if several and environ["RANK"] != "0" else 0.0)
+        time.sleep(2.0 if rank and rank != "0" else 0.0)
         sys.stderr.write(line + "\n")
         if path := environ.get("TORCHELASTIC_ERROR_FILE"):
             with contextlib.suppress(OSError):
@@ -3092,7 +3093,6 @@ class Runtime:
             else:
                 traceback.print_exception(error)
                 sys.stderr.write(f"error: rank {self.rank}: {type(error).__name__}: {error}\n")
-            sys.stderr.flush()
             os._exit(1)
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -3439,11 +3439,11 @@ class Checkpoints:
             self.log.row("checkpoint_failed", f"{error.strerror}: free space, or set OUT_DIR", file=self.cost["file"])
         self.pending = None
 
-    def find_training(self) -> tuple[State | None, str]:
-        """What RESUME goes on from, and its path. Raises CheckpointError when the file that it names is not whole."""
+    def find_training(self) -> State | None:
+        """What RESUME goes on from. Raises CheckpointError when the file that it names is not whole."""
         resume = self.config.resume
         candidates = self.numbered()[::-1] if resume == "auto" else [Path(resume)] if resume else []
-        return self.find(candidates), self.newest
+        return self.find(candidates)
 
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank; `newest` is its path. Raises as `find_training`."""

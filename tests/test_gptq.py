@@ -324,7 +324,7 @@ def test_calibration_ends_with_the_cap(monkeypatch):
         return forward(ids, **options)
 
     monkeypatch.setattr(trainer.model, "forward_hidden", slow)
-    monkeypatch.setattr(trainer.clock, "_now", lambda: trainer.clock.total_s)
+    monkeypatch.setattr(trainer.clock, "now", lambda: trainer.clock.total_s)
     trainer.step, trainer.clock.total_s = 1000, 59.75
     hessians = train_gpt.calibrate(trainer)
     row = trainer.log[-1]  # pyright: ignore[reportIndexIssue]

@@ -148,11 +148,11 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    shown: State = dict(targets=validation.num_targets, bytes=validation.total_bytes, digest=validation.digest[:16])
-    log.row("validation", validation.note, **shown)
+    targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
+    log.row("validation", validation.note, targets=targets, bytes=total, digest=digest[:16])
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
-    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", validation.digest)
+    runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
     path = config.artifact_path
     if not config.eval_only:
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
@@ -169,7 +169,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
     model.compute_dtype = COMPUTE_DTYPES[config.compute_dtype]
     settings = f"{config.portable().to_json()} {config.compute_dtype} {runtime.world_size}"
-    finished = FinishedStages(checkpoints, digest_of(content, validation.digest, settings, *code_paths()))
+    finished = FinishedStages(checkpoints, digest_of(content, digest, settings, *code_paths()))
     result = evaluate(model.to(runtime.device), config, runtime, log, validation, finished)
     finished.forget()
     log.row("final_int8_zlib_roundtrip_exact", result.note, **result.headline(), valid=result.valid)
@@ -922,23 +922,22 @@ class Role(NamedTuple):
     optimizer: str  # muon (banks) or adamw
     rate: str  # the field of Config with its learning rate
     codec: str  # bank, embedding: integers; by size: those only above 65,536 elements; absent: not in the artifact
-    averaged: bool  # in the weight average
-    ttt_scopes: tuple[str, ...]  # values of TTT_SCOPE under which test-time training moves it
+    ttt_scopes: tuple[str, ...] = ("all",)  # values of TTT_SCOPE under which test-time training moves it
     inputs: tuple[str, ...] = ()  # of a bank: what its parts are multiplied with, by the names that a probe sees
 
 
 ROLES = {  # banks by size, the largest first: their gradients are reduced in this order
-    "mlp_up_bank": Role("muon", "matrix_lr", "bank", True, ("all", "last"), ("mlp_in",)),
-    "mlp_down_bank": Role("muon", "matrix_lr", "bank", True, ("all", "last"), ("mlp_hidden",)),
-    "qo_bank": Role("muon", "matrix_lr", "bank", True, ("all", "last"), ("attn_in", "attn_out")),
-    "kv_bank": Role("muon", "matrix_lr", "bank", True, ("all", "last"), ("attn_in", "attn_in")),
-    "tied_embedding": Role("adamw", "tied_embed_lr", "embedding", True, ("all",)),
-    "untied_embedding": Role("adamw", "embed_lr", "embedding", True, ("all",)),
-    "output_head": Role("adamw", "head_lr", "embedding", True, ("all",)),
-    "table": Role("adamw", "tied_embed_lr", "by size", True, ("all",)),
-    "projection": Role("adamw", "scalar_lr", "by size", True, ("all",)),
-    "gain": Role("adamw", "scalar_lr", "by size", True, ("all", "last")),
-    "mtp_head": Role("adamw", "head_lr", "absent", False, ()),
+    "mlp_up_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("mlp_in",)),
+    "mlp_down_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("mlp_hidden",)),
+    "qo_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("attn_in", "attn_out")),
+    "kv_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("attn_in", "attn_in")),
+    "tied_embedding": Role("adamw", "tied_embed_lr", "embedding"),
+    "untied_embedding": Role("adamw", "embed_lr", "embedding"),
+    "output_head": Role("adamw", "head_lr", "embedding"),
+    "table": Role("adamw", "tied_embed_lr", "by size"),
+    "projection": Role("adamw", "scalar_lr", "by size"),
+    "gain": Role("adamw", "scalar_lr", "by size", ("all", "last")),
+    "mtp_head": Role("adamw", "head_lr", "absent", ()),
 }
 BANK_NAMES = tuple(name for name, role in ROLES.items() if role.optimizer == "muon")
 PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors and scalars in fp32
@@ -1846,11 +1845,11 @@ class Controls:
 
 
 class WeightAverage:
-    """EMA with a ramped decay, the mean of snapshots (SWA), or nothing."""
+    """EMA with a ramped decay, the mean of snapshots (SWA), or nothing; of what the artifact holds."""
 
     def __init__(self, model: GPT, config: Config):
         self.config, self.count = config, 0
-        self.names = [name for name, role in model.parameter_roles().items() if ROLES[role].averaged]
+        self.names = [*model.plan]
         self.sources: list[Tensor] = [model.get_parameter(name) for name in self.names]
         self.shadow = [p.detach().clone() for p in self.sources] if config.weight_average != "none" else []
 
@@ -3195,9 +3194,9 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
     dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
-    chosen: State = dict(compute_dtype=dtype, micro_batch_tokens=config.micro_batch_tokens or int(-negated_tokens))
-    log.row("machine", **chosen, native_bf16=int(not emulated))
-    return dataclasses.replace(config, **chosen)
+    tokens = config.micro_batch_tokens or int(-negated_tokens)
+    log.row("machine", compute_dtype=dtype, native_bf16=int(not emulated), micro_batch_tokens=tokens)
+    return dataclasses.replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

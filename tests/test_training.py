@@ -334,7 +334,7 @@ def test_the_ledger_is_what_lies_on_disk(tiny_run: Run):
 
 def test_the_limit_is_the_last_size_that_fits(run_main, tiny_data, tmp_path, monkeypatch):
     """The artifact of a run that goes on is counted as well."""
-    environ = tiny_environ(tiny_data, tmp_path, ITERATIONS=1, TTT_ENABLED=0, RESUME="auto")
+    environ = tiny_environ(tiny_data, tmp_path, ITERATIONS=1, TTT_ENABLED=0, RESUME="auto", FIT_BYTES=0)
     assert run_main(environ).returncode == 0
     total = event(read_events(tmp_path / "logs" / "run.jsonl"), "total_bytes")["bytes"]
     for limit, code in ((total, 0), (total - 1, 2)):

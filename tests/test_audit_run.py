@@ -183,15 +183,24 @@ def test_files_modules_processes_and_networks(small: audit_run.Small, edited: Ed
     assert any("hints.npy" in note for note in notes.other)
 
 
+# What code may try while it is being imported, before any of its scoring, and go on without.
+AT_IMPORT = {
+    "a file": ("open({hints!r})", "hints"),
+    "UDP": ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'?', ('127.0.0.1', 9))", "socket."),
+    "another program": ("__import__('subprocess').run(['cat', {hints!r}])", "subprocess.Popen"),
+}
+
+
+@pytest.mark.parametrize("kind", AT_IMPORT)
 def test_bare_process_that_reaches_outside_at_import(
-    rehearsal: audit.Rehearsal, edited: Edit, tmp_path: Path
+    rehearsal: audit.Rehearsal, edited: Edit, tmp_path: Path, kind: str
 ) -> None:
-    """Before any of its scoring, and although it goes on without the file."""
-    edited(f"with contextlib.suppress(OSError):\n    open({str(tmp_path / 'hints')!r})")
+    line, sign = AT_IMPORT[kind]
+    edited(f"with contextlib.suppress(OSError):\n    {line.format(hints=str(tmp_path / 'hints'))}")
     tokens = audit.make_stream(audit.zipf_material(32, 400, 3), 100)
     ok, figure = audit.check_bare_process(rehearsal.config.artifact_path, rehearsal.config, tokens)
     assert not ok
-    assert "hints" in figure
+    assert sign in figure
 
 
 def test_watch_follows_links_and_leaves_libraries_alone(tmp_path: Path) -> None:

@@ -563,7 +563,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "laptop": dict(
         **SMALL, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=2, ve_dim=64, ve_layers=(4, 5),
         train_seq_len=512, train_batch_tokens=16_384, warmdown_iters=100, val_loss_every=0, train_log_every=20,
-        swarm_every=20, eval_seq_len=512,
+        swarm_every=20, eval_seq_len=512, eval_stride=128, ttt_epochs=2,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
@@ -1819,6 +1819,10 @@ class Trainer:
         try:
             ours, stored = json.loads(self.config.to_json()), state["config"]
             names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != stored[name]]
+            if "compute_dtype" in names:  # a run that goes on elsewhere keeps what it began with
+                names.remove("compute_dtype")
+                self.config = dataclasses.replace(self.config, compute_dtype=stored["compute_dtype"])
+                self.model.compute_dtype = self.optimizers.muon.dtype = COMPUTE_DTYPES[stored["compute_dtype"]]
             odd = [f"{name.upper()}={stored[name]} (now {ours[name]})" for name in names]
             odd += [name for name, value in self.identity.items() if state["identity"][name] != value]
             if not odd:
@@ -1831,7 +1835,7 @@ class Trainer:
             problem = f"{source} was trained with another {', '.join(odd)}"
             raise ConfigError(f"{problem}; set them back, or RESUME= to train from the beginning")
         shown = {"step": self.step, "from": source, **self._timing()}
-        self.log.row("resumed", **shown, saved_by_ranks=state["world_size"])
+        self.log.row("resumed", **shown, saved_by_ranks=state["world_size"], compute_dtype=self.config.compute_dtype)
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome
-from support import Run, event, read_events, results, tiny_environ, train_rows
+from support import Run, event, numbers, read_events, results, tiny_environ, train_rows
 
 import train_gpt
 
@@ -64,6 +66,26 @@ def test_training_scoring_and_ttt_in_bf16_stay_near_fp32(start: Start, tiny_run:
     assert scored.keys() == expected.keys()
     assert scored == {name: pytest.approx(value, abs=0.03) for name, value in expected.items()}
     assert results(repeated) == scored  # bit for bit
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_the_dtype_it_began_with(
+    run_main: Callable[[dict[str, str]], Outcome], tiny_data: Path, tmp_path: Path, monkeypatch, at_line
+):
+    """Also over a second restart: the rest of the run is that of an uninterrupted one, bit for bit."""
+    monkeypatch.setattr(train_gpt, "cpu_info", lambda: NATIVE)
+    settings: dict[str, Any] = dict(COMPUTE_DTYPE=None, TTT_ENABLED=0)
+    assert run_main(tiny_environ(tiny_data, tmp_path / "whole", **settings)).returncode == 0
+    whole = read_events(tmp_path / "whole" / "logs" / "run.jsonl")
+    environ = tiny_environ(tiny_data, tmp_path / "parts", **settings, RESUME="auto")
+    for step in (6, 12):
+        at_line(f"step:{step}/20 ", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_main(environ).returncode == 128 + signal.SIGTERM
+        monkeypatch.setattr(train_gpt, "cpu_info", lambda: EMULATED)
+    assert run_main(environ).returncode == 0
+    parts = read_events(tmp_path / "parts" / "logs" / "run.jsonl")
+    assert [row["compute_dtype"] for row in parts if row["event"] == "machine"] == ["bf16", "fp32", "fp32"]
+    assert [row["compute_dtype"] for row in parts if row["event"] == "resumed"] == ["bf16", "bf16"]
+    assert numbers(parts) == numbers(whole)
 
 
 def test_masters_gradients_and_logits_stay_fp32_in_a_bf16_model():

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import audit_watch
 import numpy as np
 import torch
 
@@ -322,29 +323,18 @@ def decode_in_bare_process(artifact: Path, known: Known, words: np.ndarray, clos
     }  # fmt: skip
     environ = {"PATH": os.defpath} | {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}
     with tempfile.TemporaryDirectory() as folder:
-        for path in (*train_gpt.code_paths(), Path(__file__)):
+        for path in (*train_gpt.code_paths(), Path(__file__), Path(audit_watch.__file__)):
             shutil.copy(path, folder)
         shutil.copy(artifact, Path(folder, "artifact"))
         np.savez(Path(folder, "known.npz"), prefix=known.prefix, words=words, **known.byte_rule)
         command = [sys.executable, "-I", "-c", BARE, folder, *(os.path.abspath(path) for path in closed)]
         process = subprocess.run(
-            [*no_network(), *command], cwd=folder, env=environ, input=json.dumps(asked), capture_output=True,
-            encoding="utf-8", check=False,
+            [*audit_watch.no_network(), *command], cwd=folder, env=environ, input=json.dumps(asked),
+            capture_output=True, encoding="utf-8", check=False,
         )  # fmt: skip
     if process.returncode:
         raise DecodingError((process.stderr.strip().splitlines() or ["no word from the decoder"])[-1])
     return np.array(json.loads(process.stdout), dtype=np.int64)
-
-
-@functools.cache
-def no_network() -> tuple[str, ...]:
-    """A command that starts another one without a network, where the system lets a user do so."""
-    command = ("unshare", "-rn")
-    try:
-        subprocess.run([*command, "true"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ()
-    return command
 
 
 def answer_in_bare_process(folder: str) -> None:

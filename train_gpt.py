@@ -1350,7 +1350,8 @@ class Grid(NamedTuple):
         """Nearest levels (half to even), int8, same shape as `weight`; `scale` has shape (…, 1)."""
         return torch.round(weight.float() / scale.float()).clamp(-self.qmax, self.qmax).to(torch.int8)
 
-    def decode(self, levels: Tensor, scale: Tensor) -> Tensor:
+    @staticmethod
+    def decode(levels: Tensor, scale: Tensor) -> Tensor:
         return levels.float() * scale.float()
 
     def round_trip(self, weight: Tensor) -> Tensor:
@@ -1626,7 +1627,9 @@ class Trainer:
             if signalled or batch_failed or (checkpoint_due and not self.skipped_in_a_row):
                 self.save()
             if signalled:
-                self.checkpoints.stop(signalled, step=self.step)
+                self.checkpoints.say_stopped(signalled, step=self.step)
+                self.runtime.from_main(0.0)  # a launcher ends the others when the first rank leaves
+                raise Stopped(signalled)
             if batch_failed:
                 self.loader.batch(self.step)  # raises where the batch is missing,
                 self.clock.agreed()  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
@@ -1884,18 +1887,17 @@ class Clock:
     """Training time, which stands still in validation, and the graphs compiled in it."""
 
     def __init__(self, runtime: Runtime):
-        self.runtime, self.total_s, self.compilations = runtime, 0.0, 0
-        self.started_at, self.graphs_at_start = None, 0
+        self.runtime, self.total_s, self.started_at, self.compilations = runtime, 0.0, None, 0
 
     def start(self) -> None:
         self.runtime.synchronize()
-        self.started_at, self.graphs_at_start = time.perf_counter(), compile_count()
+        self.compilations -= compile_count()
+        self.started_at = time.perf_counter()
 
     def pause(self) -> None:
         self.runtime.synchronize()
-        self.total_s = self.now()
-        self.compilations += compile_count() - self.graphs_at_start
-        self.started_at = None
+        self.total_s, self.started_at = self.now(), None
+        self.compilations += compile_count()
 
     def agreed(self, *largest: float) -> list[float]:
         """Rank 0's training time and the largest of each further number, on every rank."""
@@ -2140,8 +2142,7 @@ def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[s
     state = {}
     for name, codec in plan.items():
         if codec.startswith("int"):
-            grid = Grid(int(codec.removeprefix("int")))
-            state[name] = grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
+            state[name] = Grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
         else:
             state[name] = tensors[name].float()
     return state
@@ -2375,12 +2376,11 @@ def score_then_adapt(
     windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
     trainer = TestTimeTrainer(copy.deepcopy(model), config, runtime, validation)
     scorer = WindowScorer(trainer.average, config, runtime, validation.tokens, config.ttt_temperature)
-    window_ends = np.cumsum(windows.tails)
     chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
     scores, so_far = [], np.zeros(2)  # bits and bytes
     for chunk, start in enumerate(chunk_starts):
         stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
-        first, last = np.searchsorted(window_ends, (start, stop), side="right")
+        first, last = np.searchsorted(windows.starts + windows.length, (start, stop), side="right")
         scores.append(scorer.score_all(windows, int(first), int(last)))
         lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < validation.num_targets else 0.0
         if log:
@@ -2477,30 +2477,25 @@ class WindowScorer:
         return rows[:, :-1], rows[:, 1:]
 
     @torch.inference_mode()
-    def score(self, windows: Windows, part: range) -> Tensor:
-        """logp and entropy (2, targets) of what windows `part` score, in order, on the device."""
-        columns = [self.sampled.new_empty(2, 0)]
-        first, target = part.start, int(windows.tails[: part.start].sum())
-        while first < part.stop:
-            tail = int(windows.tails[first])
-            stop = first + 1
-            while stop < min(part.stop, first + self.batch_seqs) and windows.tails[stop] == tail:
-                stop += 1
-            forward = self.compiled if stop - first == self.batch_seqs else self.model.token_scores
-            ids, targets = self.sequences(windows.starts[first:stop], windows.length)
-            logp, entropy, every = forward(ids, targets, tail, self.temperature)
-            columns.append(torch.stack([logp, entropy]).flatten(1))
-            low, high = np.searchsorted(self.samples, (target, target + logp.numel()))
-            self.sampled[low:high] = every.flatten(0, 1)[self.samples[low:high] - target]
-            first, target = stop, target + logp.numel()
-        return torch.cat(columns, dim=1)
-
     def score_all(self, windows: Windows, first: int, stop: int) -> list[np.ndarray]:
         """logp and entropy of windows first … stop-1, on every rank; each scores a contiguous part."""
+        ends = windows.starts + windows.length  # where a window, and what it scores, ends
+        before = ends[first] - windows.tails[first]
+        scores = self.sampled.new_zeros(2, ends[stop - 1] - before)
         share = self.runtime.share(stop - first)
-        part = range(first + share.start, first + share.stop)
-        before, after = int(windows.tails[first : part.start].sum()), int(windows.tails[part.stop : stop].sum())
-        scores = F.pad(self.score(windows, part), (before, after))
+        start, own_stop = first + share.start, first + share.stop
+        while start < own_stop:
+            tail, end = int(windows.tails[start]), start + 1
+            while end < min(own_stop, start + self.batch_seqs) and windows.tails[end] == tail:
+                end += 1
+            forward = self.compiled if end - start == self.batch_seqs else self.model.token_scores
+            ids, targets = self.sequences(windows.starts[start:end], windows.length)
+            logp, entropy, every = forward(ids, targets, tail, self.temperature)
+            span = ends[start] - tail, ends[end - 1]
+            scores[:, span[0] - before : span[1] - before] = torch.stack([logp, entropy]).flatten(1)
+            low, high = np.searchsorted(self.samples, span)
+            self.sampled[low:high] = every.flatten(0, 1)[self.samples[low:high] - span[0]]
+            start = end
         return [*self.runtime.all_reduce_sum(scores).cpu().numpy()]
 
     def finish(self, logp: np.ndarray, entropy: np.ndarray) -> TokenScores:
@@ -3026,8 +3021,7 @@ class Runtime:
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
-        rank = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None
-        when = datetime.datetime.now().timestamp()
+        rank, when = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None, time.time()
         line = f"error: rank {rank}: {text}" if rank else f"error: {text}"
         # What every rank finds is for rank 0 to say: its launcher then ends the others.
         time.sleep(2.0 if rank and rank != "0" else 0.0)
@@ -3378,8 +3372,7 @@ def digest_of(*parts: Any) -> str:
     """SHA-256 over files (Path), arrays, bytes and text."""
     total = hashlib.sha256()
     for part in parts:
-        content = part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
-        total.update(content if isinstance(content, bytes) else content.tobytes())
+        total.update(part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part)
     return total.hexdigest()
 
 
@@ -3445,8 +3438,7 @@ class Checkpoints:
     def find_training(self) -> State | None:
         """What RESUME goes on from. Raises CheckpointError when the file that it names is not whole."""
         resume = self.config.resume
-        candidates = self.numbered()[::-1] if resume == "auto" else [Path(resume)] if resume else []
-        return self.find(candidates)
+        return self.find(self.numbered()[::-1] if resume == "auto" else [Path(resume)] if resume else [])
 
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank; `newest` is its path. Raises as `find_training`."""
@@ -3463,12 +3455,6 @@ class Checkpoints:
                 self.log.row("checkpoint_skipped", text)
         content = self.runtime.bytes_from_main(content)
         return state if self.runtime.is_main or not content else read_state(content, "rank 0's checkpoint")
-
-    def stop(self, number: int, **where: Any) -> None:
-        """Finish writing, log where the run stands, and raise Stopped."""
-        self.say_stopped(number, **where)
-        self.runtime.from_main(0.0)  # a launcher ends the others when the first rank leaves
-        raise Stopped(number)
 
     def say_stopped(self, number: int, **where: Any) -> None:
         self.finish()
@@ -3564,14 +3550,13 @@ def nested(leaves: Mapping[str, Any]) -> State:
     return state
 
 
-def require_same_kinds(template: State, state: State) -> None:
-    """Raises KeyError, TypeError unless the state has the template's leaves, of the same kinds and shapes."""
+def require_same_kinds(template: State, found: State) -> None:
+    """Raises KeyError, TypeError unless a flat state has the template's leaves, of the same kinds and shapes."""
 
     def kind(leaf: Any) -> object:
         return f"tensor {[*leaf.shape]}" if isinstance(leaf, Tensor) else float if type(leaf) is int else type(leaf)
 
-    found = flattened(state)
-    for path, expected in flattened(template).items():
+    for path, expected in template.items():
         # What is empty in the template may hold anything.
         if not isinstance(expected, dict) and kind(found[path]) != kind(expected):
             raise TypeError(f"{path} is {kind(found[path])}, not {kind(expected)}")

@@ -42,8 +42,8 @@ def measure(config: train_gpt.Config, runtime: train_gpt.Runtime, batches: int, 
     num_targets = config.eval_seq_len + windows_timed * config.eval_stride
     windows = train_gpt.plan_windows(num_targets, config.eval_seq_len, config.eval_stride)
     scorer = make_scorer(config, runtime, num_targets + 1)
-    part = range(1, windows_timed + 1)  # all but the first window, which scores all it sees
-    seconds = common.timed(lambda: scorer.score(windows, part), 1, repeats, runtime.device)
+    # All but the first window, which scores all it sees.
+    seconds = common.timed(lambda: scorer.score_all(windows, 1, windows_timed + 1), 1, repeats, runtime.device)
     rate = windows_timed / statistics.median(seconds)
     row: dict[str, Any] = dict(seq_len=config.eval_seq_len, stride=config.eval_stride, batch=config.eval_batch_seqs)
     return row | dict(windows_per_s=rate, targets_per_s=rate * config.eval_stride, **common.spread(seconds))

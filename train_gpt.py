@@ -3021,7 +3021,8 @@ class Runtime:
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
-        rank, when = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None, time.time()
+        rank = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None
+        when = datetime.datetime.now().timestamp()
         line = f"error: rank {rank}: {text}" if rank else f"error: {text}"
         # What every rank finds is for rank 0 to say: its launcher then ends the others.
         time.sleep(2.0 if rank and rank != "0" else 0.0)
@@ -3339,9 +3340,8 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
         logs = [path for path in folder.glob("*.txt") if names.fullmatch(path.stem)]
         # A run that left something to go on from comes first, then the newest.
         logs.sort(key=lambda path: ((saved / path.stem).exists(), path.stat().st_mtime), reverse=True)
-    numbered = (f"{base}_{number}" for number in itertools.count(2))
-    new = (folder / f"{name}.txt" for name in itertools.chain([base], numbered))
-    for path in itertools.chain(logs, new):
+    numbered = (folder / f"{base}_{number}.txt" for number in itertools.count(2))
+    for path in itertools.chain(logs, [folder / f"{base}.txt"], numbered):
         if config.resume or not (saved / path.stem).exists():
             with contextlib.suppress(FileExistsError):
                 file = path.open("a" if path in logs else "x", encoding="utf-8")

@@ -22,13 +22,11 @@ Importing this file starts nothing. Within a section what is called stands below
 from __future__ import annotations
 
 import bisect
-import contextlib
 import copy
 import dataclasses
 import datetime
 import difflib
 import errno
-import functools
 import hashlib
 import importlib
 import itertools
@@ -46,7 +44,9 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         if arguments:
             raise ConfigError(f"unknown argument {arguments[0]!r}: settings are environment variables, see --help")
         config = Config.from_env(os.environ)
-        with Runtime(config, os.environ) as runtime, contextlib.closing(RunLog(config, runtime)) as log:
+        with Runtime(config, os.environ) as runtime, closing(RunLog(config, runtime)) as log:
             checkpoints = Checkpoints(config, runtime, log)
             try:
                 run(config, runtime, log, checkpoints)
@@ -143,13 +143,13 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     everywhere = config.without(*PLACE_FIELDS, "resume")  # on another node files may lie at another place
     runtime.require_same("settings or code", everywhere.to_json() + code_digest())
     config = follow_machine(config, runtime, log)
-    log.row("config", **dataclasses.asdict(config))
+    log.row("config", **asdict(config))
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
-    log.row("validation", validation.note, targets=targets, bytes=total, digest=digest[:16])
+    digest, note = validation.digest, "partial" * validation.partial
+    log.row("validation", note, targets=validation.num_targets, bytes=validation.total_bytes, digest=digest[:16])
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
@@ -165,7 +165,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     if metadata["code"] != code_digest():
         log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
     seed = config.sample_seed or 1 + int(digest_of(content, validation.digest)[:12], 16)  # a restart's is the same
-    config = dataclasses.replace(config, sample_seed=seed)
+    config = replace(config, sample_seed=seed)
     log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
     model.compute_dtype = COMPUTE_DTYPES[config.compute_dtype]
     settings = f"{config.portable().to_json()} {config.compute_dtype} {runtime.world_size}"
@@ -177,9 +177,10 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
 
 
 def train_artifact(trainer: Trainer) -> Path:
-    """Train, average the weights and write the artifact; from a checkpoint only what is missing of that."""
+    """Train, average and write the artifact; from a checkpoint only what is missing of that."""
     config, log, checkpoints = trainer.config, trainer.log, trainer.checkpoints
-    state = checkpoints.find_training()
+    named = [Path(config.resume)] if config.resume else []
+    state = checkpoints.find(checkpoints.numbered()[::-1] if config.resume == "auto" else named)
     if state is not None:
         trainer.resume(state, checkpoints.newest)
     elif config.resume:
@@ -198,10 +199,7 @@ def train_artifact(trainer: Trainer) -> Path:
 
 
 def write_artifact(trainer: Trainer) -> Path:
-    """Calibrate, quantize and pack what was trained, after a restart again: the path of this run's own artifact.
-
-    The newest run's is also at ARTIFACT.
-    """
+    """Calibrate, quantize and pack, after a restart again. Returns this run's file; ARTIFACT is the newest run's."""
     config, runtime, log, tokenizer = trainer.config, trainer.runtime, trainer.log, trainer.identity["tokenizer"]
     path = trainer.checkpoints.folder / ARTIFACT_NAME
     trainer.checkpoints.finish()
@@ -216,8 +214,8 @@ def write_artifact(trainer: Trainer) -> Path:
             save_artifact(trainer.model, tokenizer, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        time_s, quantizer = time.perf_counter() - began, "gptq" if hessians else "lite"
-        log.row("quantization", time_s=time_s, quantizer=quantizer, artifact=str(config.artifact_path))
+        shown = dict(quantizer="gptq" if hessians else "lite", artifact=str(config.artifact_path))
+        log.row("quantization", time_s=time.perf_counter() - began, **shown)
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -226,7 +224,7 @@ def write_artifact(trainer: Trainer) -> Path:
 def evaluate(
     model: GPT, config: Config, runtime: Runtime, log: RunLog, validation: ValidationSet, finished: FinishedStages
 ) -> Score:
-    """The stages of the evaluation not finished before a restart; returns the last one's score."""
+    """The evaluation's stages that no earlier start finished; returns the last one's score."""
     arguments, stride = (model, config, runtime, validation), config.eval_stride
     stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
         ("roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
@@ -256,7 +254,7 @@ def evaluate(
 
 
 def projected_seconds(config: Config, num_targets: int, first_s: float) -> float:
-    """Of all stages, if windows cost alike, training on one as much as scoring three, and mixing 2.5 µs a target."""
+    """Of all stages, if training on a window costs as much as scoring three, and mixing 2.5 µs a target."""
     overlap = config.eval_seq_len / config.eval_stride
     passes = 1 + overlap + config.ttt_enabled * (overlap + 3 * config.ttt_epochs)
     return first_s * passes + 2.5e-6 * num_targets * (config.mixer != "none")
@@ -443,7 +441,7 @@ class Config:
         return cls(**{name: parse(name.upper(), as_variable(values[name]), kinds[name]) for name in kinds}).validate()
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return json.dumps(asdict(self), sort_keys=True)
 
     def validate(self) -> Config:
         """Returns self. Raises ConfigError for a value out of its range or at odds with another."""
@@ -485,7 +483,7 @@ class Config:
 
     def without(self, *names: str) -> Config:
         """This config with the named fields' defaults."""
-        return dataclasses.replace(self, **{name: getattr(Config, name) for name in names})
+        return replace(self, **{name: getattr(Config, name) for name in names})
 
     def portable(self) -> Config:
         """The config in an artifact."""
@@ -655,24 +653,21 @@ def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
 
 
 # 3. Data ------------------------
-# In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation text as
-# targets and their bytes. Shards may be damaged, or change while a run reads them: all is checked before use.
+# In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation targets with
+# their bytes. Shards may be damaged, or change while a run reads them: all is checked before use.
 MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
 
 
 class TokenLoader:
-    """This rank's micro-batches of any step; a thread reads the next step's ahead.
-
-    A global batch depends on its step alone.
-    """
+    """This rank's micro-batches of any step, of which alone they depend; a thread reads the next step's ahead."""
 
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime):
         self.stream, self.config, self.runtime = stream, config, runtime
         self.plan = BatchPlan.of(config, runtime.world_size)
         self.on_cuda = runtime.device.type == "cuda"
-        set_device = functools.partial(torch.cuda.set_device, runtime.device) if self.on_cuda else None
+        set_device = partial(torch.cuda.set_device, runtime.device) if self.on_cuda else None
         self.reader = ThreadPoolExecutor(1, "loader", set_device)  # memory is pinned for a thread's device
         self.ahead: dict[int, Future[Tensor]] = {}  # by step, one at most
 
@@ -806,7 +801,6 @@ class ValidationSet:
         tokens = np.concatenate([read_shard(path) for path in paths])
         check_vocabulary(tokens, config.vocab_size, folder)
         self.partial = 0 < config.val_tokens < len(tokens) - 1
-        self.note = "partial" if self.partial else ""
         self.tokens = tokens[: config.val_tokens + 1 if self.partial else None]
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
@@ -831,8 +825,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
 class Tokenizer:
     """How many bytes of text each token of a SentencePiece model stands for.
 
-    Over whole documents (BOS, then tokens) they add up to the UTF-8 size of the decoded text. Unknown tokens, whose
-    text is lost, count nothing; what follows one is a new start.
+    Over whole documents (BOS, then tokens) they add up to the decoded text's UTF-8 size. Unknown tokens, whose text
+    is lost, count nothing; what follows one is a new start.
     """
 
     def __init__(self, path: str, vocab_size: int, content: bytes | None = None):
@@ -856,10 +850,10 @@ class Tokenizer:
         model, space = self.model, self.model.piece_to_id("▁")
         bos = model.bos_id() if model.bos_id() >= 0 else model.piece_to_id("<s>")  # -1 unless of type control
         if bos != BOS_ID or model.is_unknown(bos):
-            return f"its token {BOS_ID} is not BOS, with which every document begins"
+            return f"its token {BOS_ID} is not BOS, which begins every document"
         if model.is_unknown(space):
             return "it has no piece ▁: a space is unknown, or three byte tokens"
-        # Whether a document loses a leading space in decoding, and where it does, all of them.
+        # Whether decoding strips a document's leading space, and whether all of them.
         strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)
         ids = range(len(self.pieces))
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) or i == BOS_ID for i in ids]
@@ -874,7 +868,7 @@ class Tokenizer:
         return "" if counted == decoded else f"all its pieces decode to {decoded} bytes, by themselves to {counted}"
 
     def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """UTF-8 bytes, int16 (N,), of each target (N,) after its previous token (N,), neighbours in their stream.
+        """UTF-8 bytes, int16 (N,), of each target (N,) after its previous token (N,), in the order of the text.
 
         A leading space counts, except where a document starts and decoding strips it.
         """
@@ -1229,7 +1223,7 @@ def rope_tables(config: Config, seq_len: int, like: Tensor) -> Rope:
     rotated, base = config.rope_dims or config.head_dim, config.rope_base
     if config.rope_train_len and seq_len > config.rope_train_len:
         base *= (seq_len / config.rope_train_len) ** (rotated / (rotated - 2))
-    arange = functools.partial(torch.arange, device=like.device, dtype=torch.float32)
+    arange = partial(torch.arange, device=like.device, dtype=torch.float32)
     angles = torch.outer(arange(seq_len), base ** -(arange(0, rotated, 2) / rotated))[None, :, None]
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -1265,7 +1259,7 @@ def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]
     for name, package in (("fa3", "flash_attn_interface"), ("fa3", "kernels"), ("fa2", "flash_attn")):
         if possible[name] and choice in ("auto", name):
             try:
-                return name, functools.partial(flash_attention, flash_kernel(package))
+                return name, flash_attention(package)
             except ImportError as error:
                 problems.append(f"{package!r} ({error})")
     if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
@@ -1275,7 +1269,7 @@ def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]
     raise ConfigError(f"ATTENTION={choice} needs the package {' or '.join(problems)}")
 
 
-def flash_kernel(package: str) -> Callable[..., Any]:
+def flash_attention(package: str) -> Attention:
     """FlashAttention of one of its packages; `kernels` may have it in its cache. Raises ImportError."""
     module = importlib.import_module(package)
     if package == "kernels":
@@ -1284,13 +1278,13 @@ def flash_kernel(package: str) -> Callable[..., Any]:
             module = module.get_kernel("kernels-community/flash-attn3", revision="v1")
         except (*MALFORMED, OSError, RuntimeError) as error:
             raise ImportError(str(error)) from error
-    return module.flash_attn_func
+    kernel = module.flash_attn_func
 
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = kernel(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
 
-def flash_attention(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Some versions return the log-sum-exp too."""
-    out = kernel(q, k, v, causal=True)
-    return out[0] if isinstance(out, tuple) else out
+    return attend
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1551,8 +1545,8 @@ def make_trainer(
 def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
     """Scale the embeddings of important tokens; returns the importance of every token, (V,) in [0, 1].
 
-    Embeddings are normalised when looked up, so this acts through the tied output head alone. Raises ConfigError for
-    a blob that cannot be read or is for another tokenizer.
+    Lookups are normalised, so this acts through the tied output head alone. Raises ConfigError for a blob that cannot
+    be read or is for another tokenizer.
     """
     config = model.config
     try:
@@ -1601,7 +1595,7 @@ class Trainer:
         self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
         self.losses, self.crown_q = self.model.training_losses, self.model.crown_q
         if self.compiled:  # two graphs: the penalty is taken once a step, the losses once a micro-batch
-            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+            compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             self.losses, self.crown_q = compiled(self.losses), compiled(self.crown_q)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
@@ -1790,9 +1784,9 @@ class Trainer:
         """All that a resumed run needs. A collective, for the momentum."""
         return dict(
             model=self.model.state_dict(), optimizers=self.optimizers.state_dict(), average=self.average.state_dict(),
-            swarm=self.swarm.state_dict() if self.swarm else {}, controls=dataclasses.asdict(self.controls),
+            swarm=self.swarm.state_dict() if self.swarm else {}, controls=asdict(self.controls),
             progress=dict(step=self.step, elapsed_s=self.elapsed_s, finished=self.finished, losses=self.loss_history),
-            rng=torch.get_rng_state(), identity=self.identity, config=dataclasses.asdict(self.config),
+            rng=torch.get_rng_state(), identity=self.identity, config=asdict(self.config),
             world_size=self.runtime.world_size,
         )  # fmt: skip
 
@@ -1824,7 +1818,7 @@ class Trainer:
             names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != stored[name]]
             if "compute_dtype" in names:  # a run that goes on elsewhere keeps what it began with
                 names.remove("compute_dtype")
-                self.config = dataclasses.replace(self.config, compute_dtype=stored["compute_dtype"])
+                self.config = replace(self.config, compute_dtype=stored["compute_dtype"])
                 self.model.compute_dtype = self.optimizers.muon.dtype = COMPUTE_DTYPES[stored["compute_dtype"]]
             odd = [f"{name.upper()}={stored[name]} (now {ours[name]})" for name in names]
             odd += [name for name, value in self.identity.items() if state["identity"][name] != value]
@@ -1946,8 +1940,8 @@ def save_artifact(
     """Write the artifact atomically; its size in bytes. Raises ArtifactError."""
     config, digests = model.config, dict(tokenizer=tokenizer_digest, code=code_digest())
     metadata = dict(format=ARTIFACT_FORMAT, config=config.portable().to_json(), plan=model.plan, **digests)
-    make = functools.partial(quantize, model.state_dict(), model.plan, hessians=hessians)
-    pack = functools.partial(pack_tensors, metadata=metadata, compressor=config.compressor)
+    make = partial(quantize, model.state_dict(), model.plan, hessians=hessians)
+    pack = partial(pack_tensors, metadata=metadata, compressor=config.compressor)
     limit = SIZE_LIMIT_BYTES - code_bytes() if config.fit_bytes else sys.maxsize
     used, tensors, packed = fit_artifact(make, pack, config, limit, log)
     if log:
@@ -2047,9 +2041,9 @@ def fit_artifact(
     the choice is packed. Raises ArtifactError where none fits.
     """
     # A clip below about 5 deviations cuts outliers and saves nothing: error and entropy both grow.
-    ladder = [dataclasses.replace(config, clip_std=(config.clip_std or 5.0) * 1.01**rung) for rung in range(1, 101)]
+    ladder = [replace(config, clip_std=(config.clip_std or 5.0) * 1.01**rung) for rung in range(1, 101)]
     fractions = (percent / 100 for percent in range(1, 91))
-    ladder += [dataclasses.replace(ladder[-1], prune_fraction=f) for f in fractions if f > config.prune_fraction]
+    ladder += [replace(ladder[-1], prune_fraction=f) for f in fractions if f > config.prune_fraction]
     tensors, rung = make(config), -1
     packed = pack(tensors)
     while (excess := len(packed) - limit) > 0:
@@ -2129,10 +2123,10 @@ def quantize(
             continue
         pruned = smallest(weight, config.prune_fraction if name in BANK_NAMES else 0.0)
         if hessians and name in hessians:
-            rounding = functools.partial(round_by_hessian, weight, grid=grid, pruned=pruned, factor=hessians[name])
+            rounding = partial(round_by_hessian, weight, grid=grid, pruned=pruned, factor=hessians[name])
         else:
             weight = weight.masked_fill(pruned, 0)
-            rounding = functools.partial(round_plainly, weight, grid=grid)
+            rounding = partial(round_plainly, weight, grid=grid)
         tensors[f"{name}.levels"], tensors[f"{name}.scale"] = best_rounding(weight, grid, rounding)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -3028,7 +3022,7 @@ class Runtime:
         time.sleep(2.0 if rank and rank != "0" else 0.0)
         sys.stderr.write(line + "\n")
         if path := environ.get("TORCHELASTIC_ERROR_FILE"):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": when}}}))
 
     def _pick_device(self, choice: str) -> torch.device:
@@ -3181,7 +3175,7 @@ class Runtime:
             peak, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
             line = f"peak memory allocated: {peak} MiB reserved: {reserved} MiB"
             return line, dict(peak_mib=peak, reserved_mib=reserved)
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):
             resource = importlib.import_module("resource")
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
             return f"peak memory allocated: {peak} MiB (process, resident)", dict(peak_mib=peak)
@@ -3195,7 +3189,7 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
     tokens = config.micro_batch_tokens or int(-negated_tokens)
     log.row("machine", compute_dtype=dtype, native_bf16=int(not emulated), micro_batch_tokens=tokens)
-    return dataclasses.replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
+    return replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -3221,13 +3215,13 @@ def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
 
 def cpu_memory() -> float:
     """Bytes, of this machine or of the container around the process."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a container without a limit
+    with suppress(OSError, ValueError):  # ValueError: a container without a limit
         return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def cpu_info() -> str:
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     return ""
 
@@ -3311,7 +3305,7 @@ class RunLog:
         if self.active:
             self._redraw("")
             for file in (self.text_file, self.json_file):
-                with contextlib.suppress(OSError):  # what could not be flushed was already reported
+                with suppress(OSError):  # what could not be flushed was already reported
                     file.close()
 
 
@@ -3343,7 +3337,7 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
     numbered = (folder / f"{base}_{number}.txt" for number in itertools.count(2))
     for path in itertools.chain(logs, [folder / f"{base}.txt"], numbered):
         if config.resume or not (saved / path.stem).exists():
-            with contextlib.suppress(FileExistsError):
+            with suppress(FileExistsError):
                 file = path.open("a" if path in logs else "x", encoding="utf-8")
                 if try_lock(file):
                     return path.stem, file
@@ -3397,8 +3391,7 @@ class Checkpoints:
 
     def numbered(self) -> list[Path]:
         """Training's files, `NNNNNN_stepS.safetensors`, in the order of writing."""
-        own = re.compile(r"\d+_step\d+\.safetensors")
-        return sorted(path for path in self.folder.glob("*") if own.fullmatch(path.name))
+        return sorted(path for path in self.folder.glob("*") if re.fullmatch(r"\d+_step\d+\.safetensors", path.name))
 
     def save_step(self, step: int, state: State, began: float) -> None:
         """Save the state of training, for which the caller has waited since `began`."""
@@ -3435,13 +3428,11 @@ class Checkpoints:
             self.log.row("checkpoint_failed", f"{error.strerror}: free space, or set OUT_DIR", file=self.cost["file"])
         self.pending = None
 
-    def find_training(self) -> State | None:
-        """What RESUME goes on from. Raises CheckpointError when the file that it names is not whole."""
-        resume = self.config.resume
-        return self.find(self.numbered()[::-1] if resume == "auto" else [Path(resume)] if resume else [])
-
     def find(self, candidates: Iterable[Path]) -> State | None:
-        """The first whole one of the files, on every rank; `newest` is its path. Raises as `find_training`."""
+        """The first whole one of the files, on every rank; `newest` is its path.
+
+        Raises CheckpointError when it is RESUME's own that is not whole.
+        """
         content, state = b"", None
         for path in candidates if self.runtime.is_main else ():
             try:
@@ -3562,7 +3553,7 @@ def require_same_kinds(template: State, found: State) -> None:
             raise TypeError(f"{path} is {kind(found[path])}, not {kind(expected)}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that is never seen in part, nor lost once it is there. Raises OSError."""
     path = Path(os.path.realpath(path))  # a symbolic link stays, and the file that it names is written
@@ -3577,7 +3568,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.fsync(folder)
         os.close(folder)
     except OSError:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
         raise
 
@@ -3606,7 +3597,7 @@ class FinishedStages:
         tensors = {name: torch.from_numpy(array) for name, array in scores._asdict().items()}
         self.checkpoints.save(self.path, dict(results=self.results, scores=tensors), began)
 
-    @contextlib.contextmanager
+    @contextmanager
     def stopping_at_once(self) -> Iterator[None]:
         """Within it a signal ends the run where it stands, its finished stages written down."""
         runtime = self.checkpoints.runtime
@@ -3625,7 +3616,7 @@ class FinishedStages:
     def forget(self) -> None:
         self.checkpoints.finish()
         if self.checkpoints.runtime.is_main:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.path.unlink()
                 self.path.parent.rmdir()  # fails where training has left something
                 self.path.parent.parent.rmdir()
@@ -3634,6 +3625,6 @@ class FinishedStages:
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a console that takes nothing more was already reported
+        with suppress(OSError):  # a console that takes nothing more was already reported
             stream.flush()
     os._exit(exit_code)  # gloo's threads can abort a finished process while the interpreter is taken down

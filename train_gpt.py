@@ -73,7 +73,7 @@ STAGE_BUDGET_S = 600.0  # the contest's limit for training, and again for evalua
 
 
 class UserError(Exception):
-    """Something the user can put right; its text says what was found, what expected, and what to do."""
+    """What the user can put right; its text says what was found, what expected, and what to do."""
 
 
 class ConfigError(UserError, ValueError):
@@ -148,8 +148,8 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
-    digest, note = validation.digest, "partial" * validation.partial
-    log.row("validation", note, targets=validation.num_targets, bytes=validation.total_bytes, digest=digest[:16])
+    targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
+    log.row("validation", validation.note, targets=targets, bytes=total, digest=digest[:16])
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
@@ -226,7 +226,7 @@ def evaluate(
 ) -> Score:
     """The evaluation's stages that no earlier start finished; returns the last one's score."""
     arguments, stride = (model, config, runtime, validation), config.eval_stride
-    stages: list[tuple[str, Callable[[], TokenScores], dict[str, Any]]] = [
+    stages = [
         ("roundtrip", lambda: score_stream(*arguments, config.eval_seq_len), {}),
         ("sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
@@ -268,8 +268,8 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
 
 
 # 2. Config ------------------------
-# In: environment variables. Out: one frozen object, checked before anything starts. A value is that of the variable,
-# else of the recipe, else the default below.
+# In: environment variables. Out: one frozen object, checked before anything starts: of each setting the variable's
+# value, else the recipe's, else the default below.
 LARGE = 10**9
 
 
@@ -529,7 +529,7 @@ class Config:
 
 PLACE_FIELDS = ("data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id")
 PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_seconds")
-# Fields that begin like this do not change what training computes: they may differ in a resumed run.
+# Fields that begin like this do not change what training computes, and may differ in a resumed run.
 NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
     "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
@@ -801,9 +801,10 @@ class ValidationSet:
         tokens = np.concatenate([read_shard(path) for path in paths])
         check_vocabulary(tokens, config.vocab_size, folder)
         self.partial = 0 < config.val_tokens < len(tokens) - 1
+        self.note = "partial" if self.partial else ""
         self.tokens = tokens[: config.val_tokens + 1 if self.partial else None]
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
-        self.total_bytes = int(self.bytes.sum(dtype=np.int64))
+        self.total_bytes = int(self.bytes.sum())
         if self.total_bytes == 0:
             raise DataError(f"the validation split in {folder} holds no text in {len(tokens)} tokens")
         self.digest = digest_of(self.tokens, self.bytes, tokenizer.digest)
@@ -863,7 +864,7 @@ class Tokenizer:
         self.base_bytes = np.where(silent, 0, sizes).astype(np.int16)
         self.has_leading_space = np.array([strips and p.startswith("▁") for p in self.pieces]) & ~self.is_boundary
         every = np.array([BOS_ID, space, *(i for i in ids if not (silent[i] or model.is_byte(i)))])
-        counted = int(self.target_bytes(every[:-1], every[1:]).sum(dtype=np.int64))
+        counted = self.target_bytes(every[:-1], every[1:]).sum()
         decoded = len(model.decode(every[1:].tolist()).encode())
         return "" if counted == decoded else f"all its pieces decode to {decoded} bytes, by themselves to {counted}"
 
@@ -909,22 +910,23 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> Non
 
 
 # 4. Grid and model ------------------------
-# In: token ids. Out: logits, losses and token scores. State-dict names are those of the earlier submissions.
+# In: token ids. Out: logits, losses, token scores. State-dict names are the earlier submissions'.
 class Role(NamedTuple):
-    """What is decided for one kind of parameter, in training, in the artifact and after it."""
+    """What is decided for one kind of parameter, in training, artifact and evaluation."""
 
     optimizer: str  # muon (banks) or adamw
     rate: str  # the field of Config with its learning rate
     codec: str  # bank, embedding: integers; by size: those only above 65,536 elements; absent: not in the artifact
-    ttt_scopes: tuple[str, ...] = ("all",)  # values of TTT_SCOPE under which test-time training moves it
-    inputs: tuple[str, ...] = ()  # of a bank: what its parts are multiplied with, by the names that a probe sees
+    ttt_scopes: tuple[str, ...] = ("all",)  # values of TTT_SCOPE that train it at test time
+    inputs: tuple[str, ...] = ()  # what a bank's parts are multiplied with, by the names that a probe sees
 
 
+A_BANK = ("muon", "matrix_lr", "bank", ("all", "last"))
 ROLES = {  # banks by size, the largest first: their gradients are reduced in this order
-    "mlp_up_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("mlp_in",)),
-    "mlp_down_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("mlp_hidden",)),
-    "qo_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("attn_in", "attn_out")),
-    "kv_bank": Role("muon", "matrix_lr", "bank", ("all", "last"), ("attn_in", "attn_in")),
+    "mlp_up_bank": Role(*A_BANK, ("mlp_in",)),
+    "mlp_down_bank": Role(*A_BANK, ("mlp_hidden",)),
+    "qo_bank": Role(*A_BANK, ("attn_in", "attn_out")),
+    "kv_bank": Role(*A_BANK, ("attn_in", "attn_in")),
     "tied_embedding": Role("adamw", "tied_embed_lr", "embedding"),
     "untied_embedding": Role("adamw", "embed_lr", "embedding"),
     "output_head": Role("adamw", "head_lr", "embedding"),
@@ -1008,7 +1010,7 @@ class GPT(nn.Module):
         return weight.to(self.dtype)
 
     def _layer_weights(self, qat: bool) -> list[LayerWeights]:
-        """By unbind, whose backward writes a bank's gradient once (that of indexing adds L full banks)."""
+        """By unbind, whose backward writes a bank's gradient once (indexing's adds L full banks)."""
         L = self.config.num_layers
         up, down, qo, kv = (self._weight(name, qat).unbind() for name in BANK_NAMES)
         return [LayerWeights(*slices) for slices in zip(qo[:L], kv[:L], kv[L:], qo[L:], up, down)]
@@ -1060,9 +1062,9 @@ class GPT(nn.Module):
     def training_losses(
         self, ids: Tensor, targets: Tensor, qat: bool, token_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean main cross-entropy, the same with each target's weight, and the mean over MTP heads; in nats.
+        """Mean main cross-entropy, the same with targets weighed by token_weights (V,), and the mean over MTP heads.
 
-        `token_weights` (V,) weighs targets by token. Head k predicts k+1 further ahead.
+        In nats. Head k predicts k+1 further ahead.
         """
         hidden, head = self.forward_hidden(ids, qat)
         flat = targets.flatten()
@@ -1195,7 +1197,7 @@ class ProjectedTable(nn.Module):
 def pair_buckets(ids: Tensor, config: Config) -> Tensor:
     """The row of the bigram table for each (previous, current) pair of ids (B, T): a hash into all but the last.
 
-    The last one is for position 0 alone, or position 0 takes its previous token for 0 (pull request 150).
+    That is for position 0 alone, or position 0 takes its previous token for 0 (pull request 150).
     """
     last, narrow = config.bigram_vocab_size - 1, ids.to(torch.int32)
     mixed = torch.bitwise_xor(36313 * narrow, 27191 * F.pad(narrow[:, :-1], (1, 0))) % last
@@ -1203,7 +1205,7 @@ def pair_buckets(ids: Tensor, config: Config) -> Tensor:
 
 
 class SmearGate(nn.Module):
-    """(1-g)·x[i] + g·x[i-1] with a learned gate per channel; nothing is taken across a document's start."""
+    """(1-g)·x[i] + g·x[i-1], a learned gate g per channel; nothing crosses a document's start."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -1248,7 +1250,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]:
-    """The backend's name and function, the fastest one for "auto". Raises ConfigError for one that cannot run here."""
+    """The backend's name and function, for "auto" the fastest. Raises ConfigError for one that cannot run here."""
     on_cuda = device.type == "cuda"
     hopper = on_cuda and torch.cuda.get_device_capability(device)[0] == 9
     possible = {"fa3": hopper, "fa2": on_cuda, "cudnn": on_cuda, "sdpa": True, "auto": True}
@@ -1357,8 +1359,8 @@ class Grid(NamedTuple):
 def fake_quantize(weight: Tensor, bits: int, clip_std: float = 0.0) -> Tensor:
     """The weight as the artifact would hold it; the gradient passes straight through (arXiv 1308.3432).
 
-    An operator of its own, so that no compiler fuses the rounding of the scale to fp16 away, and not
-    w + (q - w).detach(), which rounds: the value must be the decoded one.
+    An operator of its own, so that no compiler fuses the scale's rounding to fp16 away, and not w + (q - w).detach(),
+    which rounds: the value must be the decoded one.
     """
     return Grid(bits, clip_std).round_trip(weight).to(weight.dtype)
 
@@ -1393,7 +1395,7 @@ class Optimizers:
         """Sum gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
 
         The clip needs every gradient, so AdamW waits for the banks. A norm that is not finite leaves weights and
-        optimizers as they are, on every rank and without asking the host.
+        optimizers as they are, on every rank, without asking the host.
         """
         shards = self.muon.shards
         split = shards if self.runtime.world_size > 1 else ()
@@ -1458,8 +1460,8 @@ class Muon:
 
 
 class BankShard:
-    """One bank and its gradient as views of buffers padded to the world size, for collectives without copies, and
-    this rank's slice of both and of the momentum."""
+    """A bank and its gradient as views of buffers padded to the world size, for collectives without copies, and this
+    rank's slice of both and of the momentum."""
 
     def __init__(self, parameter: nn.Parameter, runtime: Runtime):
         self.rows = parameter.size(0)
@@ -1793,7 +1795,9 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         """Stand where `state_dict` was taken, at any world size. Raises what odd content makes of itself."""
         own, found = flattened(self.state_dict() | {"config": {}, "identity": {}}), flattened(state)
-        require_same_kinds(own, found)
+        for path, leaf in own.items():  # before anything changes; what is empty may hold anything
+            if not isinstance(leaf, dict) and kind_of(found[path]) != kind_of(leaf):
+                raise TypeError(f"{path} is {kind_of(found[path])}, not {kind_of(leaf)}")
         for path, leaf in own.items():
             if isinstance(leaf, Tensor):  # weights, moments and averages: the very tensors in use
                 leaf.copy_(found[path])
@@ -2354,8 +2358,7 @@ def ans_tables(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # 8. Scoring ------------------------
-# In: a model and the validation tokens. Out: one stream of token scores in which every target stands exactly once,
-# whether the model keeps its weights or is trained on what it has scored already.
+# In: a model and the validation tokens. Out: one stream of token scores in which every target stands exactly once.
 def score_stream(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int) -> TokenScores:
     """The validation stream scored by a sliding window, whole on every rank."""
     windows = plan_windows(validation.num_targets, config.eval_seq_len, stride)
@@ -2366,7 +2369,7 @@ def score_stream(model: GPT, config: Config, runtime: Runtime, validation: Valid
 def score_then_adapt(
     model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, log: RunLog | None = None
 ) -> TokenScores:
-    """Legal TTT: score a chunk, then train a copy of the model on it, unless it is the last."""
+    """Legal TTT: score a chunk, then train a copy of the model on it; not on the last."""
     windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
     trainer = TestTimeTrainer(copy.deepcopy(model), config, runtime, validation)
     scorer = WindowScorer(trainer.average, config, runtime, validation.tokens, config.ttt_temperature)
@@ -2378,7 +2381,7 @@ def score_then_adapt(
         scores.append(scorer.score_all(windows, int(first), int(last)))
         lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < validation.num_targets else 0.0
         if log:
-            nats, size = -scores[-1][0].sum(dtype=np.float64), validation.bytes[start:stop].sum(dtype=np.int64)
+            nats, size = -scores[-1][0].sum(dtype=np.float64), validation.bytes[start:stop].sum()
             so_far += nats / math.log(2), size
             bpb, bpb_so_far = nats / math.log(2) / max(size, 1), so_far[0] / max(so_far[1], 1)
             told = dict(chunk=chunk + 1, chunks=len(chunk_starts), targets=stop, val_loss=nats / (stop - start))
@@ -2392,7 +2395,7 @@ class TestTimeTrainer:
     """Trains the model on text that is already scored (pull requests 1081 and 700).
 
     The first TTT_FREEZE_BLOCKS blocks keep their slices of the banks, and with TTT_SCOPE=all all they have. Ranks
-    share each batch and sum the gradients, so their number changes nothing.
+    share each batch, so their number changes nothing.
     """
 
     __test__ = False  # no test case, despite its name
@@ -2531,7 +2534,7 @@ class TokenScores(NamedTuple):
 def score_of(logp: np.ndarray | float, validation: ValidationSet, valid: bool = True) -> Score:
     """Of the targets' log-probabilities or their sum, in bits per byte: Σ nll / (ln 2 · Σ bytes)."""
     total_logp = float(np.sum(logp, dtype=np.float64))
-    tokens, total_bytes = validation.num_targets, int(validation.bytes.sum(dtype=np.int64))
+    tokens, total_bytes = validation.num_targets, int(validation.bytes.sum())
     bpb = -total_logp / (math.log(2) * total_bytes)
     return Score(-total_logp / tokens, bpb, tokens, total_bytes, validation.partial, valid)
 
@@ -2563,7 +2566,7 @@ def sample_targets(num_targets: int, seed: int) -> np.ndarray:
 
 # 9. Counts and mixers ------------------------
 # In: the scored stream. Out: the mixed stream, and at sampled targets the whole mixture, which must add up to 1
-# and give the token that came what the stream gave it. Counts come from sorting: no table, no collision.
+# and give the token that came what the stream gave it.
 HASH_MULTIPLIERS = (36313, 27191, 51647, 81929, 131071, 174763, 233017)  # PR 1094
 Rows = tuple[list[np.ndarray], list[np.ndarray]]  # those of Evidence: expert, bucket
 
@@ -2988,8 +2991,8 @@ def iter_hashed_counts(
 
 
 # 10. Machinery ------------------------
-# In: what the sections above want written, agreed on or survived. Out: the same answer on every rank, log lines, files
-# that are whole or absent, and runs that go on where they were stopped. One rank is a world without communication.
+# In: what is to be written, agreed on or survived. Out: the same answer on every rank, log lines, files that are whole
+# or absent, and runs that go on where they stopped. One rank is a world without communication.
 class Runtime:
     """Rank, device, collectives and signals of this process; as a context manager it joins and leaves the group."""
 
@@ -3010,7 +3013,6 @@ class Runtime:
         self.control_group: Any = None
         self.signal, self.signalled_at = 0, 0.0
         self.stop_at_once = False  # at a signal, where nothing worth saving is in the making
-        self.former_handlers: list[Any] = []
 
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
@@ -3541,16 +3543,9 @@ def nested(leaves: Mapping[str, Any]) -> State:
     return state
 
 
-def require_same_kinds(template: State, found: State) -> None:
-    """Raises KeyError, TypeError unless a flat state has the template's leaves, of the same kinds and shapes."""
-
-    def kind(leaf: Any) -> object:
-        return f"tensor {[*leaf.shape]}" if isinstance(leaf, Tensor) else float if type(leaf) is int else type(leaf)
-
-    for path, expected in template.items():
-        # What is empty in the template may hold anything.
-        if not isinstance(expected, dict) and kind(found[path]) != kind(expected):
-            raise TypeError(f"{path} is {kind(found[path])}, not {kind(expected)}")
+def kind_of(leaf: Any) -> object:
+    """What two leaves must share for one to take the other's place."""
+    return f"tensor {[*leaf.shape]}" if isinstance(leaf, Tensor) else float if type(leaf) is int else type(leaf)
 
 
 @contextmanager

@@ -803,15 +803,12 @@ class ValidationSet:
         self.partial = 0 < config.val_tokens < len(tokens) - 1
         self.note = "partial" if self.partial else ""
         self.tokens = tokens[: config.val_tokens + 1 if self.partial else None]
+        self.num_targets = len(self.tokens) - 1
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
         self.total_bytes = int(self.bytes.sum())
         if self.total_bytes == 0:
             raise DataError(f"the validation split in {folder} holds no text in {len(tokens)} tokens")
         self.digest = digest_of(self.tokens, self.bytes, tokenizer.digest)
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.tokens) - 1
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -1934,7 +1931,6 @@ SIZE_CLASSES = 48  # of levels: their expected size from 1/8 up in quarters of a
 ANS_BITS = 14  # probabilities are multiples of 2^-14
 ANS_FLOOR = 2**16  # states lie in [2^16, 2^32); 16-bit words enter and leave
 SMALLER_MODEL = "use fewer layers, a smaller MLP_MULT or BIGRAM_VOCAB_SIZE, or fewer QAT_BITS"
-Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]  # scale (…, 1) → levels, and each row's error (…, 1)
 Hessians = Mapping[str, "HessianFactor"]  # by bank
 
 
@@ -2153,8 +2149,8 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
     return torch.zeros_like(sizes, dtype=torch.bool).index_fill_(0, chosen, True).view_as(weight)
 
 
-def best_rounding(weight: Tensor, grid: Grid, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """(levels, scale), each row with the scale that loses least."""
+def best_rounding(weight: Tensor, grid: Grid, rounding: Callable[[Tensor], Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """(levels, scale), each row with the scale whose `rounding`, (levels, error (…, 1)), loses least."""
     best: list[Tensor] = []  # error, levels, scale
     for scale in candidate_scales(weight, grid):
         levels, error = rounding(scale)
@@ -2968,8 +2964,7 @@ def iter_hashed_counts(
 ) -> Iterator[NgramCounts]:
     """The colliding counts of PR 1094: C of context buckets, F of context+target buckets.
 
-    Target tokens[i], i >= 1, is in block (i-1)//block; an n-gram within one block counts from the next on. C and F
-    come from different hashes, so F/C is no probability.
+    Target tokens[i], i >= 1, is in block (i-1)//block; an n-gram within one block counts from the next on.
     """
     mask = buckets - 1  # `buckets` is a power of two
     block_of = torch.arange(-1, len(tokens) - 1, device=tokens.device).clamp_(min=0) // block
@@ -3092,8 +3087,8 @@ class Runtime:
     def _on_signal(self, number: int, _frame: object) -> None:
         """Ask for a stop at the next boundary; a second signal ends the process at once.
 
-        A launcher passes on what every process has got already: under it a second signal comes a second later, and
-        a rank that cannot stop, since another is gone, is ended by its alarm.
+        Under a launcher, which passes on what every process has got already, it comes a second later, and a rank that
+        cannot stop, since another is gone, is ended by its alarm.
         """
         if self.world_size == 1:
             for each in self.SIGNALS:
@@ -3234,10 +3229,7 @@ def cpu_name() -> str:
 
 
 class RunLog:
-    """Greppable `key:value` lines on the console and in logs/<run>.txt, and the same numbers as JSONL, by rank 0.
-
-    No two processes write one log: a name that is taken gets a number, and a log is locked while its run goes on.
-    """
+    """Greppable `key:value` lines on the console and in logs/<run>.txt, and the same numbers as JSONL, by rank 0."""
 
     def __init__(self, config: Config, runtime: Runtime):
         self.active = runtime.is_main

@@ -575,7 +575,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def help_text() -> str:
-    """The header's commands, the recipes, and every setting."""
     lines = [*(__doc__ or "").splitlines()[:6], "", "RECIPE sets what has no variable of its own:", ""]
     for name, values in RECIPES.items():
         text = " ".join(f"{key.upper()}={as_variable(value)}" for key, value in values.items())
@@ -803,12 +802,15 @@ class ValidationSet:
         self.partial = 0 < config.val_tokens < len(tokens) - 1
         self.note = "partial" if self.partial else ""
         self.tokens = tokens[: config.val_tokens + 1 if self.partial else None]
-        self.num_targets = len(self.tokens) - 1
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
         self.total_bytes = int(self.bytes.sum())
         if self.total_bytes == 0:
             raise DataError(f"the validation split in {folder} holds no text in {len(tokens)} tokens")
         self.digest = digest_of(self.tokens, self.bytes, tokenizer.digest)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - 1
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -851,7 +853,7 @@ class Tokenizer:
             return f"its token {BOS_ID} is not BOS, which begins every document"
         if model.is_unknown(space):
             return "it has no piece ▁: a space is unknown, or three byte tokens"
-        # Whether decoding strips a document's leading space, and whether all of them.
+        # Whether a document loses a leading space in decoding, and where it does, all of them.
         strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)
         ids = range(len(self.pieces))
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) or i == BOS_ID for i in ids]
@@ -1182,8 +1184,6 @@ class LayerContext(NamedTuple):
 
 
 class ProjectedTable(nn.Module):
-    """A table of narrow rows, the matrix that widens them, and a scale."""
-
     def __init__(self, rows: int, row_dim: int, out_dim: int, scale: float):
         super().__init__()
         self.embed = nn.Embedding(rows, row_dim)
@@ -1194,7 +1194,7 @@ class ProjectedTable(nn.Module):
 def pair_buckets(ids: Tensor, config: Config) -> Tensor:
     """The row of the bigram table for each (previous, current) pair of ids (B, T): a hash into all but the last.
 
-    That is for position 0 alone, or position 0 takes its previous token for 0 (pull request 150).
+    The last one is for position 0 alone, or position 0 takes its previous token for 0 (pull request 150).
     """
     last, narrow = config.bigram_vocab_size - 1, ids.to(torch.int32)
     mixed = torch.bitwise_xor(36313 * narrow, 27191 * F.pad(narrow[:, :-1], (1, 0))) % last
@@ -1480,10 +1480,6 @@ class BankShard:
         whole[self.own_rows] = self.momentum
         return runtime.all_reduce_sum(whole)[: self.rows]
 
-    def load_momentum(self, whole: Tensor) -> None:
-        own = whole[self.own_rows]
-        self.momentum[: len(own)].copy_(own)
-
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     """Muon's quintic iteration (Keller Jordan, 2024): singular values of matrices (N, rows, cols) go towards 1."""
@@ -1750,7 +1746,6 @@ class Trainer:
         return int(signalled), bool(batch_failed)
 
     def validate_off_the_clock(self) -> None:
-        """Score the validation split while the training clock stands still."""
         self.clock.pause()
         self.elapsed_s = self.clock.agreed()[0]
         result = self.validation_score()
@@ -1799,7 +1794,8 @@ class Trainer:
             if isinstance(leaf, Tensor):  # weights, moments and averages: the very tensors in use
                 leaf.copy_(found[path])
         for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
-            shard.load_momentum(state["optimizers"]["muon"][name])
+            own_momentum = state["optimizers"]["muon"][name][shard.own_rows]
+            shard.momentum[: len(own_momentum)].copy_(own_momentum)
         self.average.count = state["average"]["count"]
         if self.swarm:
             self.swarm.load_state_dict(state["swarm"])
@@ -1870,7 +1866,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the average, if there is one, into the model."""
         if self.count:
             torch._foreach_copy_(self.sources, self.shadow)
 
@@ -2684,11 +2679,14 @@ class Mixer:
     guarded = False  # by `guard`
 
     def __init__(self, config: Config) -> None:
-        self.config, self.max_order = config, config.ngram_order
+        self.config = config
 
     def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
         """With a probe those of every token at its positions: C (S, 1), F (S, V) and T (S, 1)."""
-        return iter_ngram_counts(tokens, self.max_order, probe=probe)
+        config = self.config
+        if config.ngram_counts == "hashed":
+            return iter_hashed_counts(tokens, config.ngram_order, config.ngram_buckets, config.ngram_block, probe)
+        return iter_ngram_counts(tokens, config.ngram_order, probe=probe)
 
     def experts(self, counts: Iterable[NgramCounts]) -> Rows:
         raise NotImplementedError
@@ -2716,7 +2714,7 @@ class BackoffNgramMixer(Mixer):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         contexts = (len(self.count_edges) + 1) * self.novelty_bins
-        shape = (self.max_order, contexts, len(self.entropy_edges) + 1)
+        shape = (config.ngram_order, contexts, len(self.entropy_edges) + 1)
         self.reached = np.full(shape, 1.1)  # targets that no higher order explained, and a prior
         self.taken = np.full(shape, 0.1)  # those of them that this order did, and a prior
         self.taken[:, : self.novelty_bins] = 0.0  # C = 0: nothing to take from
@@ -2761,12 +2759,6 @@ class PublishedBackoffMixer(Mixer):
     a = ALPHA_BASE + ALPHA_RANGE sigmoid(2 (H - ALPHA_CENTER)). With the published hashed counts, added every
     NGRAM_BLOCK targets, the result is no distribution.
     """
-
-    def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
-        config = self.config
-        if config.ngram_counts == "hashed":
-            return iter_hashed_counts(tokens, self.max_order, config.ngram_buckets, config.ngram_block, probe)
-        return super().counts(tokens, probe)
 
     def experts(self, counts: Iterable[NgramCounts]) -> Rows:
         total, followed, _ = next(counts := iter(counts))
@@ -3117,7 +3109,6 @@ class Runtime:
         return operation(shard, full, async_op=True)
 
     def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
-        """Start collecting all ranks' `shard` in `full`."""
         operation: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         return operation(full, shard, async_op=True)
 
@@ -3136,7 +3127,6 @@ class Runtime:
         return carrier.tolist()
 
     def bytes_from_main(self, content: bytes) -> bytes:
-        """Rank 0's bytes, on every rank."""
         size = int(self.from_main(len(content))[0])
         if self.world_size == 1 or size == 0:
             return content
@@ -3173,7 +3163,8 @@ class Runtime:
             line = f"peak memory allocated: {peak} MiB reserved: {reserved} MiB"
             return line, dict(peak_mib=peak, reserved_mib=reserved)
         with suppress(ImportError):
-            resource = importlib.import_module("resource")
+            import resource
+
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
             return f"peak memory allocated: {peak} MiB (process, resident)", dict(peak_mib=peak)
         return "peak memory allocated: unknown on this system", {}
@@ -3342,7 +3333,8 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
 def try_lock(file: TextIO) -> bool:
     """Lock a file until this process ends; false when another has locked it."""
     try:
-        fcntl = importlib.import_module("fcntl")
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:  # systems and file systems without locks: none is there to respect
         return getattr(error, "errno", None) not in (errno.EAGAIN, errno.EACCES)
@@ -3578,7 +3570,6 @@ class FinishedStages:
             checkpoints.log.row("resumed_evaluation", stages=len(self.results))
 
     def add(self, scores: TokenScores, seconds: float) -> None:
-        """Take in one more stage; begin to write all down."""
         began, self.scores = time.perf_counter(), scores
         self.results.append([float(scores.logp.sum(dtype=np.float64)), seconds])
         tensors = {name: torch.from_numpy(array) for name, array in scores._asdict().items()}

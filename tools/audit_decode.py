@@ -95,12 +95,12 @@ class Walk:
 
     def run(self) -> np.ndarray:
         """The tokens (count,) of the stretch. Raises DecodingError."""
-        config, scorer_score = self.given.config, train_gpt.WindowScorer.score
+        config, scorer_score = self.given.config, train_gpt.WindowScorer.score_all
         token_scores, train_on = train_gpt.GPT.token_scores, train_gpt.TestTimeTrainer.train_on
 
-        def score(scorer: train_gpt.WindowScorer, windows: Any, part: range) -> torch.Tensor:
+        def score(scorer: train_gpt.WindowScorer, windows: Any, first: int, stop: int) -> list[np.ndarray]:
             self.stream = scorer.tokens
-            return scorer_score(scorer, windows, part)
+            return scorer_score(scorer, windows, first, stop)
 
         def answer(model: train_gpt.GPT, *asked: Any) -> Answer:
             return self.answer(functools.partial(token_scores, model), *asked)
@@ -113,7 +113,7 @@ class Walk:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.suppress(Complete))
-            stack.enter_context(mock.patch.object(train_gpt.WindowScorer, "score", score))
+            stack.enter_context(mock.patch.object(train_gpt.WindowScorer, "score_all", score))
             stack.enter_context(mock.patch.object(train_gpt.GPT, "token_scores", answer))
             stack.enter_context(mock.patch.object(train_gpt.TestTimeTrainer, "train_on", train))
             neural_scores(self.model, config, self.tokens, self.given.target_bytes(self.tokens))

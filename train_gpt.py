@@ -214,8 +214,8 @@ def write_artifact(trainer: Trainer) -> Path:
             save_artifact(trainer.model, tokenizer, path, hessians, log)
         if path != config.artifact_path:
             write_artifact_file(config.artifact_path, path.read_bytes())
-        shown = dict(quantizer="gptq" if hessians else "lite", artifact=str(config.artifact_path))
-        log.row("quantization", time_s=time.perf_counter() - began, **shown)
+        time_s, quantizer = time.perf_counter() - began, "gptq" if hessians else "lite"
+        log.row("quantization", time_s=time_s, quantizer=quantizer, artifact=str(config.artifact_path))
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
     runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
@@ -801,7 +801,7 @@ class ValidationSet:
         check_vocabulary(tokens, config.vocab_size, folder)
         self.partial = 0 < config.val_tokens < len(tokens) - 1
         self.note = "partial" if self.partial else ""
-        self.tokens = tokens[: config.val_tokens + 1 if self.partial else None]
+        self.tokens = tokens[: config.val_tokens + 1] if self.partial else tokens
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
         self.total_bytes = int(self.bytes.sum())
         if self.total_bytes == 0:

@@ -1557,7 +1557,7 @@ def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
 
 @dataclass
 class Trainer:
-    """Model, data and optimizers of one training run, and what changes from step to step."""
+    """One training run: model, data, optimizers, and what changes from step to step."""
 
     SETTLED_S = 3.0
     FEW_STEPS = 20
@@ -1599,7 +1599,7 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
     def train(self) -> None:
-        """Go on until ITERATIONS or the wallclock cap, validating on the way. Raises UserError, Stopped."""
+        """Until ITERATIONS or the wallclock cap, validating on the way. Raises UserError, Stopped."""
         if self.finished:
             return
         self.warm_up()
@@ -2256,7 +2256,7 @@ def compress(payload: bytes, compressor: str) -> bytes:
 
 
 def decompress(stream: bytes) -> bytes:
-    """Undo `compress` for either compressor. Raises ValueError, also above MAX_UNPACKED_BYTES."""
+    """Undo `compress`. Raises ValueError, also above MAX_UNPACKED_BYTES."""
     most, brotli = MAX_UNPACKED_BYTES + 1, stream.startswith(BROTLI_MAGIC)
     library = require("brotli" if brotli else "zstandard", "reading this artifact")
     fault = library.error if brotli else library.ZstdError

@@ -261,9 +261,10 @@ def keep_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_gpt, "factorize", lambda m: HessianFactor(m[..., 0], m, torch.zeros(len(m))))
 
 
-def test_moments_are_those_of_what_every_matrix_was_multiplied_with(monkeypatch):
+@pytest.mark.parametrize("parts", [{}, dict(repeat_layers=(1, 2), parallel_residual_from=2)], ids=["plain", "repeated"])
+def test_moments_are_those_of_what_every_matrix_was_multiplied_with(monkeypatch, parts):
     """Seen from outside: every matrix product of the model is recorded, and the banks' rows are known by address."""
-    trainer = trained()
+    trainer = trained(**parts)
     model = trainer.model
     banks = {name: model.get_parameter(name) for name in BANK_NAMES}
     rows = {matrix.data_ptr(): (name, i) for name, bank in banks.items() for i, matrix in enumerate(bank)}

@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": dict(tie_embeddings=False),
     "plain": dict(xsa_last_n=0, ve_layers=(), mtp_num_heads=0, rope_dims=0, leaky_slope=0.0),
     "odd layers, full heads": dict(num_layers=3, num_kv_heads=4, ve_layers=(0, 2)),
+    "parallel residuals, repeated layers": dict(parallel_residual_from=2, repeat_layers=(1, 2)),
     "one layer, one kv head": dict(num_layers=1, num_kv_heads=1, ve_layers=(0,), xsa_last_n=1),
 }
 MODELS: dict[str, train_gpt.GPT] = {}

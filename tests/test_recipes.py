@@ -84,7 +84,7 @@ def test_nothing_that_a_recipe_sets_is_missing_from_the_table():
         defaults = Config()
         for name, value in RECIPES[recipe].items():
             assert value != getattr(defaults, name), f"{recipe} sets {name} to its default"
-    assert set(RECIPES) == {*NAMES, "laptop", "demo"}
+    assert set(RECIPES) == {*NAMES, "frontier", "laptop", "demo"}
 
 
 def test_smears_projections_begin_orthogonal_and_scaled():
@@ -149,6 +149,10 @@ LINES = {  # what each submission printed, besides what all of them do
         rf"step:12/12 .* crown_q:{NUMBER}.*", r"quantization .*quantizer:gptq .*",
         rf"final_mixed {RESULT} mass:1\.0000 .*valid:True .*",
     ],
+    "frontier": [
+        *of_bits("int6"), *TTT, r"calibration tokens:[1-9]\d* time:.*", r"quantization .*quantizer:gptq .*",
+        rf"final_mixed {RESULT} mass:1\.0000 .*valid:True .*",
+    ],
     "smear": [*of_bits("int6"), *TTT, rf"DIAGNOSTIC post_swa {RESULT} .*", r"qat_on step:0 .*"],
 }  # fmt: skip
 
@@ -161,6 +165,7 @@ def reduced(recipe: str, tiny_data: Path, out_dir: Path, blob: Path) -> dict[str
         NUM_KV_HEADS=4 if full.num_kv_heads == full.num_heads else 2, XSA_LAST_N=min(full.xsa_last_n, 3),
         VE_LAYERS="1,2" if full.ve_layers else "", ROPE_DIMS=full.rope_dims and 4, EMA_DECAY=None,
         ROPE_TRAIN_LEN=full.rope_train_len and 16, TTT_CHUNK_TOKENS=256, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=4,
+        PARALLEL_RESIDUAL_FROM=min(full.parallel_residual_from, 2), REPEAT_LAYERS="1,2" if full.repeat_layers else "",
         KG_PATH=blob, SWARM_EVERY=4, SWA_EVERY=2, MAX_WALLCLOCK_SECONDS=300, EVAL_STRIDE=16,
         NGRAM_BUCKETS=256, NGRAM_BLOCK=128,  # as crowded as 4,194,304 buckets by the whole split
     )  # fmt: skip
@@ -229,7 +234,7 @@ OUTCOME = {True: "passed", False: "rejected"}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("recipe", NAMES)
+@pytest.mark.parametrize("recipe", [*NAMES, "frontier"])
 def test_whole_run_at_reduced_size(recipe: str, ranks: int, tiny_data: Path, tmp_path: Path, blob: Path):
     environ = reduced(recipe, tiny_data, tmp_path, blob)
     run = Run(environ, run_whole(environ, ranks))

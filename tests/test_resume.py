@@ -56,10 +56,17 @@ MECHANISMS: dict[str, dict[str, Any]] = {
         SWARM_ENABLED=1, SWARM_EVERY=3, LATE_QAT_THRESHOLD=0, MTP_NUM_HEADS=2, WEIGHT_AVERAGE="swa", SWA_EVERY=2,
         SWA_START_SCALE=0.9, TTT_ENABLED=0, MIXER="backoff",
     ),
+    "frontier": dict(
+        MIN_LR=0.1, MUON_EQ_ROWS=1, PARALLEL_RESIDUAL_FROM=2, REPEAT_LAYERS="1,2", REPEAT_FROM=0.5, QUANTIZER="gptq",
+        CALIBRATION_TOKENS=384, LATE_QAT_THRESHOLD=0.5, TTT_ENABLED=0,
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "step", "number"), [("ema", 7, signal.SIGTERM), ("swarm", 14, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("name", "step", "number"),
+    [("ema", 7, signal.SIGTERM), ("swarm", 14, signal.SIGINT), ("frontier", 8, signal.SIGTERM)],
+)
 def test_a_signal_saves_and_the_rest_is_the_same_to_the_bit(
     whole, run_main, tmp_path, at_line, name, step, number
 ):
@@ -112,10 +119,10 @@ def test_one_clock_over_a_restart(tiny_data, run_main, tmp_path, at_line, monkey
     assert names.index("warmup", again) < min(steps)  # compiled before the clock runs
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4)])
-def test_another_world_size_goes_on_with_the_same_trajectory(whole, tmp_path, before, after):
+@pytest.mark.parametrize(("name", "before", "after"), [("ema", 2, 1), ("ema", 1, 4), ("frontier", 1, 2)])
+def test_another_world_size_goes_on_with_the_same_trajectory(whole, tmp_path, name, before, after):
     """Banks have 3 or 6 rows, so two and four ranks pad and cut them differently."""
-    plan = whole["ema"]
+    plan = whole[name]
     environ = plan.environ | dict(OUT_DIR=str(tmp_path), RESUME="auto", CHECKPOINT_SECONDS="1e-9", CHECKPOINT_KEEP="99")
     process = run_whole(environ, before)
     assert process.returncode == 0, process.stderr
@@ -130,8 +137,8 @@ def test_another_world_size_goes_on_with_the_same_trajectory(whole, tmp_path, be
     assert (event(rows, "resumed")["step"], event(rows, "resumed")["saved_by_ranks"]) == (7, before)
     ours, theirs = numbers(rows), numbers(plan.events)
     assert list(ours) == [*range(8, 21)]
-    for name, (loss, norm, lr_scale, qat) in ours.items():
-        expected = theirs[name]
+    for step, (loss, norm, lr_scale, qat) in ours.items():
+        expected = theirs[step]
         assert loss == pytest.approx(expected[0], abs=2e-3 if qat else 1e-4)
         assert norm == pytest.approx(expected[1], rel=2e-2 if qat else 1e-3)
         assert (lr_scale, qat) == expected[2:]

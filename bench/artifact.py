@@ -1,6 +1,6 @@
 """How long do packing the full-size model's artifact and loading it again take?
 
-    python bench/artifact.py [--layers 3 11]
+    python bench/artifact.py [--layers 3 11] [--recipe swarm]
 
 From weights to file as a run does it, quantization included, and back into a model on the CPU; then GPTQ with the
 factors of drawn inputs, and the same where FIT_BYTES has to search. Weights are drawn, so the bytes are no prediction
@@ -71,8 +71,10 @@ def measure(config: train_gpt.Config, layers: int, folder: Path) -> dict[str, An
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 11])
+    parser.add_argument("--recipe", default="swarm", choices=sorted(train_gpt.RECIPES))
     args = parser.parse_args()
-    config = dataclasses.replace(train_gpt.Config(), **(QUICK if args.quick else {}))
+    config = train_gpt.Config.from_env({"RECIPE": args.recipe, "DATA_PATH": "none"})
+    config = dataclasses.replace(config, **(QUICK if args.quick else {}))
     runtime = common.open_runtime(args, config)
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(config, layers, Path(folder)) for layers in ([2] if args.quick else args.layers)]

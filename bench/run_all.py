@@ -46,6 +46,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("mixing", 40),
         Job("startup", 25),
         Job("data_preparation", 25),
+        Job("reading", 30),
         Job("muon", 25),
         Job("artifact", 160),
         Job("checkpoint", 30),

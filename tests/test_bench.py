@@ -74,7 +74,7 @@ def run_quick(name: str, monkeypatch, capsys, *arguments: str) -> dict:
 
 QUICK_RUNS = [
     ("swarm_overhead", ()), ("counts", ()), ("artifact", ()), ("train_step", ()), ("evaluation", ()), ("ttt", ()),
-    ("forward_backward", ("--no-compile",)),
+    ("reading", ()), ("forward_backward", ("--no-compile",)),
 ]  # fmt: skip
 
 

@@ -190,8 +190,9 @@ def train_flops_per_token(config: train_gpt.Config, seq_len: int) -> int:
     """FLOP that forward and backward of one token take: 6 a weight of every matrix product, causal attention once.
 
     MTP heads are left out, since the model that is kept has none: 229 million at the record's shape, length 2048.
+    Layers that are run twice count twice, as from REPEAT_FROM on.
     """
-    D, L = config.model_dim, config.num_layers
+    D, L = config.model_dim, config.num_layers + len(config.repeat_layers)
     weights = L * (2 * D * D + 2 * config.kv_dim * D + 2 * config.mlp_dim * D)
     weights += config.vocab_size * D + config.bigram_dim * D
     weights += config.ve_dim * config.kv_dim if config.ve_layers else 0

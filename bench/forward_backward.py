@@ -52,7 +52,10 @@ def growth(args: argparse.Namespace, config: train_gpt.Config, runtime: train_gp
     for layers, seq_len in shapes:
         ve_layers = tuple(layer for layer in config.ve_layers if layer < layers)
         xsa = min(layers, config.xsa_last_n)
-        shape = dataclasses.replace(config, num_layers=layers, ve_layers=ve_layers, xsa_last_n=xsa)
+        repeated = tuple(layer for layer in config.repeat_layers if layer < layers)
+        shape = dataclasses.replace(
+            config, num_layers=layers, ve_layers=ve_layers, xsa_last_n=xsa, repeat_layers=repeated
+        )
         model = train_gpt.GPT(shape, initialize=False).to(runtime.device)
         torch.nn.init.normal_(model.tok_emb.weight)
         for name in train_gpt.BANK_NAMES:

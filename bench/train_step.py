@@ -33,6 +33,7 @@ GEMM_NAMES = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "gemm", "
 QUICK = dict(
     num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, ve_layers=(1,), ve_dim=16, bigram_dim=16, xsa_last_n=1,
     bigram_vocab_size=64, train_seq_len=64, eval_seq_len=64, eval_stride=16, mtp_num_heads=0,
+    repeat_layers=(),
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def bench_config(recipe: str, folder: Path, **values: Any) -> train_gpt.Config:
     config = train_gpt.Config.from_env({"RECIPE": recipe})
     quiet: dict[str, Any] = dict(
         data_path=str(folder), out_dir=str(folder), run_id="bench", train_log_every=10**9, val_loss_every=0,
-        swarm_every=10**9,
+        swarm_every=10**9, repeat_from=0.0,
     )  # fmt: skip
     return dataclasses.replace(config, **quiet, **values).validate()
 

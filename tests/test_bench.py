@@ -1,5 +1,6 @@
 """Benchmarks and tools start from any folder, explain themselves, and say where and on what they measured."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -177,6 +178,8 @@ def test_flops_of_the_record_are_229_million_a_token():
 
     config = train_gpt.Config.from_env({"RECIPE": "swarm"})
     assert common.train_flops_per_token(config, 2048) == pytest.approx(229e6, rel=0.005)
+    twice, deeper = dataclasses.replace(config, repeat_layers=(4, 5)), dataclasses.replace(config, num_layers=13)
+    assert common.train_flops_per_token(twice, 2048) == common.train_flops_per_token(deeper, 2048)
 
 
 def test_outside_git_the_commit_is_unknown(monkeypatch, tmp_path):

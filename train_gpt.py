@@ -970,7 +970,7 @@ class GPT(nn.Module):
         L, D, V = config.num_layers, config.model_dim, config.vocab_size
         self.config, self.attend = config, attend or sdpa_attention
         self.compute_dtype = COMPUTE_DTYPES.get(config.compute_dtype)
-        self.repeats = True  # whether REPEAT_LAYERS are run twice, as in the finished model
+        self.repeated = config.repeat_layers  # in training () before REPEAT_FROM
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, D))
@@ -1054,13 +1054,12 @@ class GPT(nn.Module):
             value_embeds = {layer: shared * scale.to(x.dtype) for layer, scale in scales}
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
         skips: list[Tensor] = []
-        repeated = config.repeat_layers if self.repeats else ()
         for layer in range(config.num_layers):
             decoder_layer = layer - len(skip_weights)
             if decoder_layer >= 0 and skips:
                 x = x + skip_weights[decoder_layer] * skips.pop()
             # The second run of REPEAT_LAYERS follows their last one and has no part in the skips (pull request 1204).
-            for each in (layer, *repeated) if layer in repeated[-1:] else (layer,):
+            for each in (layer, *self.repeated) if layer in self.repeated[-1:] else (layer,):
                 context = LayerContext(rope, value_embeds.get(each), self.attend, each, probe)
                 x = self.blocks[each](x, x0, weights[each], context)
             if decoder_layer < 0:
@@ -1665,7 +1664,7 @@ class Trainer:
             self.controls.qat = True
             self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=config.bits_label)
         progress = max(self.step / config.iterations, self.elapsed_s / (config.training_seconds or math.inf))
-        self.model.repeats = progress >= config.repeat_from
+        self.model.repeated = config.repeat_layers if progress >= config.repeat_from else ()
         grad_norm = self.train_step(self.step, lr_scale)
         self.skipped_on_host.copy_(self.optimizers.skipped, non_blocking=True)
         self.step += 1
@@ -1747,8 +1746,8 @@ class Trainer:
         began, saved = time.perf_counter(), copied_to_cpu(self.state_dict())
         for step in range(config.warmup_steps):
             self.log.progress(step, config.warmup_steps, "warm-up")
-            graphs = itertools.product({False, config.qat_bits > 0}, {not config.repeat_layers, True})
-            for self.controls.qat, self.model.repeats in graphs:
+            graphs = itertools.product({False, config.qat_bits > 0}, {(), config.repeat_layers})
+            for self.controls.qat, self.model.repeated in graphs:
                 self.train_step(step, lr_scale=1.0)
         self.load_state_dict(saved)
         self.log.row("warmup", steps=config.warmup_steps, time_s=time.perf_counter() - began)

@@ -120,7 +120,7 @@ def test_layers_are_run_again_behind_their_last_one(repeated):
     for (_, _, before), (layer, given, _), visited in zip(seen, seen[1:], range(1, len(seen))):
         first_time = layer not in REPEATS[repeated][:visited]
         assert torch.equal(given, before) == (not first_time or layer < 2)
-    model.repeats = False
+    model.repeated = ()
     once = outputs_of_layers(model, random_ids(model.config, 2, LENGTH))
     assert [layer for layer, _, _ in once] == [0, 1, 2, 3]
 
@@ -136,7 +136,7 @@ def test_training_repeats_layers_from_its_share_on(monkeypatch):
     """By steps, by the clock, whichever is further; the finished model repeats them always."""
     config = tiny_config(repeat_layers=(1, 2), repeat_from=0.5, iterations=8, max_wallclock_seconds=10.0)
     trainer = make_trainer(randomize(train_gpt.GPT(config)), config)
-    assert trainer.model.repeats
+    assert trainer.model.repeated == (1, 2)
     silent: Any = type("Silent", (), {"progress": lambda *_: None, "row": lambda *_, **__: None})()
     trainer.log = silent
     monkeypatch.setattr(trainer, "log_step", lambda *_, **__: None)
@@ -146,7 +146,7 @@ def test_training_repeats_layers_from_its_share_on(monkeypatch):
     monkeypatch.setattr(trainer.clock, "agreed", lambda: (next(elapsed), False))
     for _ in range(7):
         trainer.one_step()
-        repeated.append(trainer.model.repeats)
+        repeated.append(trainer.model.repeated == (1, 2))
     assert repeated == [False, False, False, True, True, True, True]
 
 
@@ -154,7 +154,7 @@ def test_a_repeated_layer_changes_the_score_and_training_reaches_through_both_ru
     config = tiny_config(repeat_layers=(1, 2), mtp_num_heads=0)
     model = randomize(train_gpt.GPT(config))
     once = copy.deepcopy(model)
-    once.repeats = False
+    once.repeated = ()
     ids = random_ids(config, 2, LENGTH + 1)
     losses = [each.loss(ids[:, :-1], ids[:, 1:]) for each in (model, once)]
     assert abs(losses[0].item() - losses[1].item()) > 1e-3

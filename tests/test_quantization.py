@@ -501,10 +501,11 @@ def compilations(run_main: Any, environ: dict[str, str]) -> int:
 
 
 @pytest.mark.parametrize("swarm", [False, True])
-def test_no_compilation_when_qat_and_crown_q_begin(run_main, tiny_data, blob, tmp_path, monkeypatch, swarm):
+def test_no_compilation_when_something_begins_later(run_main, tiny_data, blob, tmp_path, monkeypatch, swarm):
     """Graphs are counted where they are traced, so a back end that does nothing with them serves.
 
     The LR scale or the swarm switches QAT; the swarm also changes the weights of the knowledge graph and MTP losses.
+    The layer is run twice from the middle on where the swarm is.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     environ = tiny_environ(
@@ -513,6 +514,7 @@ def test_no_compilation_when_qat_and_crown_q_begin(run_main, tiny_data, blob, tm
     )  # fmt: skip
     if swarm:
         changes = dict(SWARM_ENABLED=1, SWARM_EVERY=1, LATE_QAT_THRESHOLD=0, KG_ENABLED=1, KG_PATH=blob, ITERATIONS=20)
+        changes |= dict(REPEAT_LAYERS=0, REPEAT_FROM=0.5)
         environ |= {name: str(value) for name, value in (changes | dict(MTP_NUM_HEADS=1)).items()}
     assert compilations(run_main, environ) == 0
     changed = [{row[name] for row in train_rows(events_of(environ))} for name in ("kg_weight", "mtp_weight")]

@@ -4,9 +4,10 @@
     python bench/ttt_gain.py ... --setting "faster: TTT_LR=0.01" --setting "TTT_EPOCHS=1"
 
 Each row scores the first targets by a sliding window, then by score-first test-time training with the settings of the
-artifact's config but those named. With the last checkpoint of the run that made the artifact the default settings are
-also tried on the weights after the last step (raw), on their average, and on the average rounded as in pull request
-1081, whose scales have a floor of 1/31 (floor): what rounding has taken may be what training gives back.
+artifact's config, chunks of 8,192 targets and 8 sequences an update, but for those named. With the last checkpoint of
+the run that made the artifact the first row is also tried on the weights after the last step (raw), on their average,
+and on the average rounded as in pull request 1081, whose scales have a floor of 1/31 (floor): what rounding has taken
+may be what training gives back.
 A row at a time is printed; the last line is JSON.
 """
 
@@ -30,8 +31,7 @@ SETTINGS = (
     "published: TTT_LR=0.002", "rate / 4: TTT_LR=0.0005", "rate × 2.5: TTT_LR=0.005", "rate × 5: TTT_LR=0.01",
     "1 epoch: TTT_EPOCHS=1", "6 epochs: TTT_EPOCHS=6", "nothing frozen: TTT_FREEZE_BLOCKS=0",
     "last block alone: TTT_FREEZE_BLOCKS=5", "chunks of 2,048: TTT_CHUNK_TOKENS=2048",
-    "chunks of 32,768: TTT_CHUNK_TOKENS=32768", "2 sequences an update: TTT_BATCH_SEQS=2",
-    "no clipping: TTT_GRAD_CLIP=0",
+    "2 sequences an update: TTT_BATCH_SEQS=2", "no clipping: TTT_GRAD_CLIP=0",
     "AdamW, rate 1e-4: TTT_OPTIMIZER=adamw TTT_LR=1e-4", "AdamW, rate 3e-4: TTT_OPTIMIZER=adamw TTT_LR=3e-4",
     "AdamW, rate 1e-3, 1 epoch: TTT_OPTIMIZER=adamw TTT_LR=1e-3 TTT_EPOCHS=1",
     "AdamW, rate 3e-4, average of 0.99 scores: TTT_OPTIMIZER=adamw TTT_LR=3e-4 POLYAK_DECAY=0.99",
@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--targets", type=int, default=65_536)
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--setting", action="append", help="name: A=1 B=2 (default: those of the study)")
     args = parser.parse_args()
@@ -82,7 +83,7 @@ def study(args: argparse.Namespace) -> int:
     own = {name.upper(): train_gpt.as_variable(value) for name, value in dataclasses.asdict(stored).items()}
     own |= dict(
         DATA_PATH=args.data, TOKENIZER_PATH=args.tokenizer, VAL_TOKENS=str(args.targets), EVAL_STRIDE=str(args.stride),
-        TTT_ENABLED="1", MIXER="none",
+        TTT_ENABLED="1", MIXER="none", TTT_CHUNK_TOKENS="8192", TTT_BATCH_SEQS="8",
     )  # fmt: skip
     configs = {}
     for text in args.setting or SETTINGS:
@@ -103,13 +104,13 @@ def study(args: argparse.Namespace) -> int:
         print(f"{kind:<10} {name:<44} {sliding:.4f} {adapted:.4f} {sliding - adapted:+.4f}", flush=True)
 
     for kind, model in starting_points(args.artifact, args.checkpoint).items():
+        model.compute_dtype = train_gpt.COMPUTE_DTYPES[args.dtype]
         logp = train_gpt.score_stream(model, config, runtime, validation, config.eval_stride).logp
         sliding = train_gpt.score_of(logp, validation).val_bpb
         for name, settings in configs.items() if kind == "artifact" else [next(iter(configs.items()))]:
             measure(kind, model, name, settings)
-    common.report(
-        "ttt_gain", [], runtime.device, args.threads, targets=validation.num_targets, stride=args.stride, rows=rows
-    )
+    scored = dict(targets=validation.num_targets, stride=args.stride, dtype=args.dtype)
+    common.report("ttt_gain", [], runtime.device, args.threads, rows=rows, **scored)
     return 0
 
 

@@ -575,9 +575,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "laptop": SMALL | FRONTIER | dict(
         num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64, ve_layers=(4, 5),
-        parallel_residual_from=4, repeat_layers=(2, 3), repeat_from=0.5, train_seq_len=512, train_batch_tokens=16_384,
-        warmdown_iters=100, muon_momentum=0.95, train_reserve_seconds=10.0, calibration_tokens=16_384,
-        val_loss_every=0, train_log_every=20, swarm_every=20, eval_seq_len=512, eval_stride=128, ttt_epochs=1,
+        parallel_residual_from=4, train_seq_len=512, train_batch_tokens=16_384, warmdown_iters=100, muon_momentum=0.95,
+        train_reserve_seconds=10.0, calibration_tokens=16_384, val_loss_every=0, train_log_every=20, swarm_every=20,
+        eval_seq_len=512, eval_stride=128, ttt_epochs=1,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,

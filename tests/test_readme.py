@@ -153,7 +153,7 @@ def own_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     small = {name: value for name, value in small.items() if name not in ("TOKENIZER_PATH", "KG_PATH", "KG_ENABLED")}
     small |= dict(word.split("=", 1) for word in words[1] if "=" in word)
     small |= dict(EVAL_STRIDE="32", VAL_TOKENS="600", MAX_WALLCLOCK_SECONDS="100", TTT_EPOCHS="1")
-    small |= dict(REPEAT_LAYERS="", CALIBRATION_TOKENS="384", TTT_CHUNK_TOKENS="200")
+    small |= dict(CALIBRATION_TOKENS="384", TTT_CHUNK_TOKENS="200")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert prepare.main([*words[0][2:], "--workers", "1"]) == 0

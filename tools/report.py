@@ -16,6 +16,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -173,6 +174,35 @@ def ablation() -> list[str]:
     return table(["what is on", "averaged weights", "artifact"], rows)
 
 
+def sweep(name: str) -> list[str]:
+    """A committed report of tools/sweep.py: each variant against the first."""
+    rows = []
+    for row in read_results(name)["variants"]:
+        spread_of_seeds = "" if row["std"] is None else f" ± {row['std']:.4f}"
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        p = "" if row["holm_p"] is None else f"{row['holm_p']:{'.1g' if row['holm_p'] < 0.001 else '.3f'}}"
+        rows.append([row["name"], f"{row['mean']:.4f}{spread_of_seeds}", difference, p, f"{row['bytes_total']:,.0f}"])
+    return table(["variant", "bpb", "difference", "Holm p", "bytes with the code"], rows)
+
+
+def ttt() -> list[str]:
+    """What training on scored chunks gains, by settings and by the weights that it starts from."""
+    rows = [
+        [row["settings"], row["weights"], *(f"{row[name]:.4f}" for name in ("sliding", "ttt")), f"{row['gain']:+.4f}"]
+        for row in read_results("cpu-ttt_gain.json")["rows"]
+    ]
+    return table(["settings", "weights", "sliding", "with TTT", "gain"], rows)
+
+
+def ttt_documents() -> list[str]:
+    """What adapters gain that begin anew with each document."""
+    rows = []
+    for row in read_results("cpu-ttt_documents.json")["rows"]:
+        settings = [f"{row[name]:g}" for name in ("rank", "rate", "chunk", "steps", "trained_per_target")]
+        rows.append([*settings, f"{row['plain']:.4f}", f"{row['adapted']:.4f}", f"{row['gain']:+.4f}"])
+    return table(["rank", "rate", "chunk", "steps", "trained on, times", "sliding", "adapted", "gain"], rows)
+
+
 def faults() -> list[str]:
     cases = read_results("cpu-fault_campaign.json")["cases"]
     names = list(next(iter(cases.values())))
@@ -226,7 +256,9 @@ def step_times() -> list[str]:
 # Pages ------------------------
 PAGES = {
     "docs/results.md": dict(
-        stages=stages, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance
+        stages=stages, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
+        frontier=partial(sweep, "cpu-frontier.json"), parts=partial(sweep, "cpu-frontier_parts.json"),
+        parts_1000=partial(sweep, "cpu-frontier_1000.json"), ttt=ttt, ttt_documents=ttt_documents,
     ),
     "docs/faults.md": dict(faults=faults),
     "docs/one_gpu.md": {"memory": memory, "step times": step_times},

@@ -3027,6 +3027,7 @@ class Runtime:
         self.control_group: Any = None
         self.signal, self.signalled_at = 0, 0.0
         self.stop_at_once = False  # at a signal, where nothing worth saving is in the making
+        self.former_handlers: list[Any] = []
 
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:

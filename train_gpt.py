@@ -325,6 +325,9 @@ class Config:
     bigram_start_bucket: bool = setting(True, "position 0 has its own; else token 0 precedes it")
     zero_init_out: bool = setting(True, "output and down projections start at 0, else small")
     smear_bos_mask: bool = setting(True, "SmearGate stops at a document's start")
+    parallel_residual_from: int = number(64, "from this layer on attention and MLP read one input")
+    repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run twice")
+    repeat_from: float = number(0.4, "share of the training before that", 0, 1)
     xsa_last_n: int = number(4, "last layers with exclusive self-attention (XSA)")
     rope_dims: int = number(16, "rotated dimensions of a head; 0: all")
     rope_base: float = number(10_000.0, "of the rotary angles", 10, 1e8)
@@ -343,6 +346,7 @@ class Config:
     max_wallclock_seconds: float = number(600.0, "cap of training and calibration; 0: none")
     warmup_steps: int = number(20, "that compile and are then undone")
     warmdown_iters: int = number(3700, "last steps, in which the LR scale falls")
+    min_lr: float = number(0.0, "LR scale at the end", 0, 1)
     matrix_lr: float = number(0.027, "of the banks (Muon)")
     tied_embed_lr: float = number(0.035, "of the tied token embedding and the tables")
     embed_lr: float = number(0.6, "of an untied token embedding")
@@ -352,6 +356,7 @@ class Config:
     muon_momentum_warmup_start: float = number(0.92, "its first value", 0, 0.9999)
     muon_momentum_warmup_steps: int = number(1500, "steps until it is MUON_MOMENTUM")
     muon_steps: int = number(5, "Newton–Schulz iterations", 1, 20)
+    muon_eq_rows: bool = setting(False, "normalises rows before them (MuonEq-R)")
     muon_wd: float = number(0.04, "weight decay of Muon", 0, 1)
     adam_wd: float = number(0.04, "weight decay of AdamW", 0, 1)
     beta1: float = number(0.9, "of AdamW", 0, 0.9999)
@@ -451,7 +456,8 @@ class Config:
             self._expect(each.metadata["fits"](getattr(self, each.name)), each.name, allowed_text(each))
         layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
         cap, reserve, embedded = self.max_wallclock_seconds, self.train_reserve_seconds, self.ve_layers
-        exact, stack, rotated = self.ngram_counts == "exact", {*range(layers)}, self.rope_dims or width
+        exact, stack, rotated = self.ngram_counts == "exact", [*range(layers)], self.rope_dims or width
+        again = self.repeat_layers
         rules = (
             (self.model_dim % self.num_heads == 0, "model_dim", "a multiple of NUM_HEADS"),
             (width % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -459,7 +465,8 @@ class Config:
             (self.mlp_mult * self.model_dim % 1 == 0, "mlp_mult", "a whole product with MODEL_DIM"),
             (rotated in range(4, width + 1, 2), "rope_dims", f"0 (all) or an even number from 4 to {width}"),
             (self.xsa_last_n <= layers, "xsa_last_n", "at most NUM_LAYERS"),
-            (len(stack & {*embedded}) == len(embedded), "ve_layers", f"different layers from 0 to {layers - 1}"),
+            (len({*stack} & {*embedded}) == len(embedded), "ve_layers", f"different layers from 0 to {layers - 1}"),
+            ([*again] == stack[again[0] :][: len(again)] if again else True, "repeat_layers", "neighbours"),
             (self.eval_stride <= self.eval_seq_len, "eval_stride", "at most EVAL_SEQ_LEN"),
             # A shorter chunk would be trained on before all of it is scored.
             (not ttt or self.ttt_chunk_tokens >= self.eval_seq_len, "ttt_chunk_tokens", "at least EVAL_SEQ_LEN"),
@@ -559,6 +566,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         leaky_slope=0.0, bigram_start_bucket=False, zero_init_out=False, xsa_last_n=0, rope_dims=0, rope_base=50_000.0,
         rope_train_len=0, ln_scale=False, ve_layers=(), matrix_lr=0.025, warmdown_iters=3000, late_qat_threshold=1.0,
         weight_average="swa", embed_bits=16, ttt_enabled=True,
+    ),
+    "frontier": dict(  # what public work has shown to help
+        bigram_vocab_size=3072, bigram_dim=112, parallel_residual_from=7, repeat_layers=(4, 5), xsa_last_n=11,
+        qk_gain_init=5.0, min_lr=0.05, muon_eq_rows=True, muon_momentum=0.97, ema_decay=0.9965, quantizer="gptq",
+        train_reserve_seconds=8.0, ttt_enabled=True, mixer="backoff",
     ),
     "laptop": dict(
         **SMALL, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=2, ve_dim=64, ve_layers=(4, 5),
@@ -959,6 +971,7 @@ class GPT(nn.Module):
         L, D, V = config.num_layers, config.model_dim, config.vocab_size
         self.config, self.attend = config, attend or sdpa_attention
         self.compute_dtype = COMPUTE_DTYPES.get(config.compute_dtype)
+        self.repeats = True  # whether REPEAT_LAYERS are run twice, as in the finished model
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, D))
@@ -1042,11 +1055,15 @@ class GPT(nn.Module):
             value_embeds = {layer: shared * scale.to(x.dtype) for layer, scale in scales}
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
         skips: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
+        repeated = config.repeat_layers if self.repeats else ()
+        for layer in range(config.num_layers):
             decoder_layer = layer - len(skip_weights)
             if decoder_layer >= 0 and skips:
                 x = x + skip_weights[decoder_layer] * skips.pop()
-            x = block(x, x0, weights[layer], LayerContext(rope, value_embeds.get(layer), self.attend, layer, probe))
+            # The second run of REPEAT_LAYERS follows their last one and has no part in the skips (pull request 1204).
+            for each in (layer, *repeated) if layer in repeated[-1:] else (layer,):
+                context = LayerContext(rope, value_embeds.get(each), self.attend, each, probe)
+                x = self.blocks[each](x, x0, weights[each], context)
             if decoder_layer < 0:
                 skips.append(x)
         return rms_norm(x)
@@ -1117,7 +1134,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention then MLP, each on a normalised input and with a learned gain per channel."""
+    """Attention then MLP, or both on one input (pull request 1204): normalised, with a learned gain per channel."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -1127,13 +1144,14 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(D), torch.zeros(D)]))
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
-        self.leaky_slope = config.leaky_slope
+        self.leaky_slope, self.parallel = config.leaky_slope, layer >= config.parallel_residual_from
 
     def forward(self, x: Tensor, x0: Tensor, weights: LayerWeights, context: LayerContext) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, weights, context)
-        mlp_in = rms_norm(x) * self.norm_scale
+        attn_in = rms_norm(x) * self.norm_scale
+        x = x + self.attn_scale.to(x.dtype) * self.attn(attn_in, weights, context)
+        mlp_in = attn_in if self.parallel else rms_norm(x) * self.norm_scale
         context.record("mlp_in", mlp_in)
         hidden = F.leaky_relu(F.linear(mlp_in, weights.up), self.leaky_slope).square()
         context.record("mlp_hidden", hidden)
@@ -1451,6 +1469,8 @@ class Muon:
             momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
             shard.momentum = torch.where(finite, momentum_now, shard.momentum)
             nesterov = shard.own_grad.add(momentum_now, alpha=momentum)
+            if self.config.muon_eq_rows:  # pull request 1217
+                nesterov = F.normalize(nesterov, dim=-1)
             update = self.newton_schulz(nesterov.to(self.dtype), self.config.muon_steps).float()
             updated = (shard.own_values * (1 - lr * self.config.muon_wd)).add_(update, alpha=-lr * shard.lr_ratio)
             updated = torch.where(finite, updated, shard.own_values)
@@ -1514,11 +1534,12 @@ def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
-    """1, then linear to 0 over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
+    """1, then linear to MIN_LR over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
     remaining = config.iterations - step
     if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
         remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
-    return min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
+    share = min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
+    return config.min_lr + (1 - config.min_lr) * share
 
 
 def muon_momentum_at(config: Config, step: int) -> float:
@@ -1647,6 +1668,8 @@ class Trainer:
         if not self.controls.qat and self.qat_due(lr_scale):
             self.controls.qat = True
             self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=config.bits_label)
+        progress = max(self.step / config.iterations, self.elapsed_s / (config.training_seconds or math.inf))
+        self.model.repeats = progress >= config.repeat_from
         grad_norm = self.train_step(self.step, lr_scale)
         self.skipped_on_host.copy_(self.optimizers.skipped, non_blocking=True)
         self.step += 1
@@ -1728,7 +1751,8 @@ class Trainer:
         began, saved = time.perf_counter(), copied_to_cpu(self.state_dict())
         for step in range(config.warmup_steps):
             self.log.progress(step, config.warmup_steps, "warm-up")
-            for self.controls.qat in {False, config.qat_bits > 0}:
+            graphs = itertools.product({False, config.qat_bits > 0}, {not config.repeat_layers, True})
+            for self.controls.qat, self.model.repeats in graphs:
                 self.train_step(step, lr_scale=1.0)
         self.load_state_dict(saved)
         self.log.row("warmup", steps=config.warmup_steps, time_s=time.perf_counter() - began)
@@ -3219,7 +3243,8 @@ def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
         memory = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
     else:
         memory = 0.5 * cpu_memory() / runtime.local_world_size
-    per_token = config.num_layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
+    layers = config.num_layers + len(config.repeat_layers)
+    per_token = layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
     per_token += (1 + config.mtp_num_heads) * config.vocab_size * 20
     return max(min(int(memory / per_token), MOST_MICRO_BATCH_TOKENS), config.train_seq_len)
 

@@ -48,7 +48,8 @@ class CachedGPT(train_gpt.GPT):
         self.requires_grad_(False).to(device).to(self.dtype)
         self.attend = self._attend_to_all
         self.rope = train_gpt.rope_tables(config, config.eval_seq_len, self.tok_emb.weight)
-        shape = config.num_layers, 1, config.eval_seq_len, config.num_kv_heads, config.head_dim
+        visits = config.num_layers + len(config.repeat_layers)
+        shape = visits, 1, config.eval_seq_len, config.num_kv_heads, config.head_dim
         self.keys, self.values = (self.tok_emb.weight.new_empty(shape) for _ in range(2))
         self.restart()
 
@@ -67,7 +68,7 @@ class CachedGPT(train_gpt.GPT):
         embedded = train_gpt.rms_norm(F.embedding(ids, self.tok_emb.weight) + pairs)
         embedded = torch.cat([self.last_embedding, embedded], 1)
         x = self.smear(embedded, recent)[:, -length:]
-        self.layer = 0  # the next one to attend
+        self.visit = 0  # of a layer: one that is run twice has two sets of keys and values
         cos, sin = (table[:, self.read : self.read + length] for table in self.rope)
         x = self._run_layers(x, ids, (cos, sin), qat=False)
         self.read += length
@@ -78,8 +79,8 @@ class CachedGPT(train_gpt.GPT):
     def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of new positions, q (1, T, H, Dh), k and v (1, T, Hkv, Dh), to kept ones and themselves."""
         first, end = self.read, self.read + q.size(1)
-        keys, values = self.keys[self.layer, :, :end], self.values[self.layer, :, :end]
-        self.layer += 1
+        keys, values = self.keys[self.visit, :, :end], self.values[self.visit, :, :end]
+        self.visit += 1
         keys[:, first:], values[:, first:] = k, v
         visible = torch.ones(q.size(1), end, dtype=torch.bool, device=q.device).tril(first)
         q, k, v = (each.transpose(1, 2) for each in (q, keys, values))

@@ -90,22 +90,17 @@ def study(args: argparse.Namespace) -> int:
     runtime = common.open_runtime(args, config)
     validation = train_gpt.ValidationSet(config, train_gpt.Tokenizer(args.tokenizer, config.vocab_size))
     rows: list[dict[str, Any]] = []
-
-    def measure(kind: str, model: train_gpt.GPT, name: str, config: train_gpt.Config) -> None:
-        common_arguments = (model, config, runtime, validation)
-        began = time.perf_counter()
-        logp = train_gpt.score_then_adapt(*common_arguments).logp
-        adapted = train_gpt.score_of(logp, validation).val_bpb
-        row = dict(weights=kind, settings=name, sliding=sliding, ttt=adapted, gain=sliding - adapted)
-        rows.append(row | dict(seconds=time.perf_counter() - began))
-        print(f"{kind:<10} {name:<44} {sliding:.4f} {adapted:.4f} {sliding - adapted:+.4f}", flush=True)
-
     for kind, model in starting_points(args.artifact, args.checkpoint).items():
         model.compute_dtype = train_gpt.COMPUTE_DTYPES[args.dtype]
         logp = train_gpt.score_stream(model, config, runtime, validation, config.eval_stride).logp
         sliding = train_gpt.score_of(logp, validation).val_bpb
         for name, settings in configs.items() if kind == "artifact" else [next(iter(configs.items()))]:
-            measure(kind, model, name, settings)
+            began = time.perf_counter()
+            logp = train_gpt.score_then_adapt(model, settings, runtime, validation).logp
+            adapted = train_gpt.score_of(logp, validation).val_bpb
+            row = dict(weights=kind, settings=name, sliding=sliding, ttt=adapted, gain=sliding - adapted)
+            rows.append(row | dict(seconds=time.perf_counter() - began))
+            print(f"{kind:<10} {name:<44} {sliding:.4f} {adapted:.4f} {sliding - adapted:+.4f}", flush=True)
     scored = dict(targets=validation.num_targets, stride=args.stride, dtype=args.dtype)
     common.report("ttt_gain", [], runtime.device, args.threads, rows=rows, **scored)
     return 0

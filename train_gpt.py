@@ -299,7 +299,7 @@ class Config:
     device: str = choice("auto", "auto: a GPU if there is one", "auto", "cpu", "cuda")
     attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
     compile: bool | None = setting(None, "auto: on CUDA only")
-    compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where native", "auto", "bf16", "fp32")
+    compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where faster", "auto", "bf16", "fp32")
     join_seconds: float = number(900.0, "how long ranks wait for each other", 1)
     checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end")
     checkpoint_keep: int = number(2, "newest ones that stay on disk", 1)
@@ -3200,19 +3200,24 @@ class Runtime:
 
 def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
     """The config with what the machine decides where nothing is set; the same on every rank."""
-    [emulated] = runtime.largest(float(not multiplies_bf16(runtime.device)))
-    dtype = ("fp32" if emulated else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
+    [loses] = runtime.largest(float(not bf16_pays(runtime.device)))
+    dtype = ("fp32" if loses else "bf16") if config.compute_dtype == "auto" else config.compute_dtype
     [negated_tokens] = runtime.largest(-fitting_tokens(config, runtime, COMPUTE_DTYPES[dtype].itemsize))
     tokens = config.micro_batch_tokens or int(-negated_tokens)
-    log.row("machine", compute_dtype=dtype, native_bf16=int(not emulated), micro_batch_tokens=tokens)
+    log.row("machine", compute_dtype=dtype, bf16_pays=int(not loses), micro_batch_tokens=tokens)
     return replace(config, compute_dtype=dtype, micro_batch_tokens=tokens)
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices are native there; emulated ones are slower than fp32."""
+def bf16_pays(device: torch.device) -> bool:
+    """Whether matrix products are much faster in bf16. A CPU is timed: even native bf16 may be slower there."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_info().split())
+    best_s = dict.fromkeys(COMPUTE_DTYPES.values(), math.inf)
+    for dtype in [*best_s] * 4:
+        rows, began = torch.ones(2048, 512, dtype=dtype), time.perf_counter()
+        F.linear(rows, rows[:512])
+        best_s[dtype] = min(best_s[dtype], time.perf_counter() - began)
+    return 1.2 * best_s[torch.bfloat16] < best_s[torch.float32]
 
 
 def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
@@ -3237,15 +3242,11 @@ def cpu_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def cpu_info() -> str:
-    with suppress(OSError):
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return ""
-
-
 def cpu_name() -> str:
-    named = re.search(r"^model name\s*:(.*)", cpu_info(), re.M)
-    return named[1].strip() if named else platform.processor() or platform.machine()
+    with suppress(OSError):
+        if named := re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M):
+            return named[1].strip()
+    return platform.processor() or platform.machine()
 
 
 class RunLog:

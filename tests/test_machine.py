@@ -16,8 +16,6 @@ from support import Run, event, numbers, read_events, results, tiny_environ, tra
 
 import train_gpt
 
-NATIVE = "model name : a processor\nflags : fpu avx2 avx512f avx512_bf16 sse4_2\n"
-EMULATED = "model name : a processor\nflags : fpu avx2 avx512f avx512_vnni sse4_2\n"
 Start = Callable[..., tuple[Outcome, list[dict[str, Any]]]]
 
 
@@ -37,18 +35,42 @@ def start(run_main: Callable[[dict[str, str]], Outcome], tiny_data: Path, tmp_pa
 # ---- bf16 --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("info", "dtype"), [(NATIVE, "bf16"), (EMULATED, "fp32"), ("", "fp32")])
-def test_bf16_is_taken_where_the_processor_multiplies_it(start: Start, monkeypatch, info: str, dtype: str):
-    monkeypatch.setattr(train_gpt, "cpu_info", lambda: info)
+@pytest.fixture
+def cost_of_bf16(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A processor on which a product of bf16 matrices takes so many times as long as one of fp32 matrices."""
+
+    def take(cost: float) -> None:
+        now, honest = itertools.count(), train_gpt.F.linear
+        clock = [0.0]
+
+        def linear(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+            clock[0] += (cost if rows.dtype == torch.bfloat16 else 1.0) * (1 + next(now) % 3)  # now and then disturbed
+            return honest(rows, matrix)
+
+        def pays(device: torch.device) -> bool:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train_gpt.F, "linear", linear)
+                patch.setattr(train_gpt.time, "perf_counter", lambda: clock[0])
+                return measured(device)
+
+        monkeypatch.setattr(train_gpt, "bf16_pays", pays)
+
+    measured = train_gpt.bf16_pays
+    return take
+
+
+@pytest.mark.parametrize(("cost", "dtype"), [(0.5, "bf16"), (0.9, "fp32"), (1.9, "fp32")])
+def test_bf16_is_taken_where_it_was_measured_to_pay(start: Start, cost_of_bf16, cost: float, dtype: str):
+    cost_of_bf16(cost)
     outcome, rows = start(COMPUTE_DTYPE=None, ITERATIONS=1, TTT_ENABLED=0)
     assert outcome.returncode == 0, outcome.stderr
     assert event(rows, "machine")["compute_dtype"] == dtype
-    assert event(rows, "machine")["native_bf16"] == int(info == NATIVE)
+    assert event(rows, "machine")["bf16_pays"] == int(dtype == "bf16")
     assert event(rows, "config")["compute_dtype"] == dtype  # which a resumed run is held to
 
 
-def test_a_dtype_that_is_set_goes_before_what_the_processor_has(start: Start, monkeypatch):
-    monkeypatch.setattr(train_gpt, "cpu_info", lambda: EMULATED)
+def test_a_dtype_that_is_set_goes_before_what_was_measured(start: Start, cost_of_bf16):
+    cost_of_bf16(2.0)
     _, rows = start(COMPUTE_DTYPE="bf16", ITERATIONS=1, TTT_ENABLED=0)
     assert event(rows, "machine")["compute_dtype"] == "bf16"
 
@@ -69,10 +91,10 @@ def test_training_scoring_and_ttt_in_bf16_stay_near_fp32(start: Start, tiny_run:
 
 
 def test_a_run_that_goes_on_elsewhere_keeps_the_dtype_it_began_with(
-    run_main: Callable[[dict[str, str]], Outcome], tiny_data: Path, tmp_path: Path, monkeypatch, at_line
+    run_main: Callable[[dict[str, str]], Outcome], tiny_data: Path, tmp_path: Path, cost_of_bf16, at_line
 ):
     """Also over a second restart: the rest of the run is that of an uninterrupted one, bit for bit."""
-    monkeypatch.setattr(train_gpt, "cpu_info", lambda: NATIVE)
+    cost_of_bf16(0.5)
     settings: dict[str, Any] = dict(COMPUTE_DTYPE=None, TTT_ENABLED=0)
     assert run_main(tiny_environ(tiny_data, tmp_path / "whole", **settings)).returncode == 0
     whole = read_events(tmp_path / "whole" / "logs" / "run.jsonl")
@@ -80,7 +102,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_the_dtype_it_began_with(
     for step in (6, 12):
         at_line(f"step:{step}/20 ", lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_main(environ).returncode == 128 + signal.SIGTERM
-        monkeypatch.setattr(train_gpt, "cpu_info", lambda: EMULATED)
+        cost_of_bf16(2.0)
     assert run_main(environ).returncode == 0
     parts = read_events(tmp_path / "parts" / "logs" / "run.jsonl")
     assert [row["compute_dtype"] for row in parts if row["event"] == "machine"] == ["bf16", "fp32", "fp32"]

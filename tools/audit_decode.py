@@ -214,8 +214,8 @@ def as_run(config: train_gpt.Config) -> train_gpt.Config:
     """The config with the precision that a run with it decides on, on this machine."""
     if config.compute_dtype != "auto":
         return config
-    native = train_gpt.multiplies_bf16(train_gpt.Runtime(config, {}).device)
-    return dataclasses.replace(config, compute_dtype="bf16" if native else "fp32")
+    pays = train_gpt.bf16_pays(train_gpt.Runtime(config, {}).device)
+    return dataclasses.replace(config, compute_dtype="bf16" if pays else "fp32")
 
 
 def load_model(artifact: Path, config: train_gpt.Config) -> train_gpt.GPT:

@@ -217,7 +217,6 @@ def write_artifact(trainer: Trainer) -> Path:
         time_s, quantizer = time.perf_counter() - began, "gptq" if hessians else "lite"
         log.row("quantization", time_s=time_s, quantizer=quantizer, artifact=str(config.artifact_path))
         log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
-    runtime.from_main(0.0)  # nobody reads the artifact before it is whole
     return path
 
 
@@ -688,8 +687,7 @@ class TokenLoader:
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, targets) of each micro-batch, int64 (sequences, train_seq_len)."""
-        ready = self.ahead.get(step)
-        rows = self._read(step) if ready is None else ready.result()
+        rows = (self.ahead.get(step) or self.reader.submit(self._read, step)).result()
         self.ahead = {step + 1: self.reader.submit(self._read, step + 1)}
         rows = rows.to(self.runtime.device, non_blocking=True).to(torch.int64)
         return [(part[:, :-1], part[:, 1:]) for part in rows.chunk(self.plan.grad_accum_steps)]
@@ -1633,9 +1631,13 @@ class Trainer:
             capped = 0 < self.config.training_seconds <= self.elapsed_s
             last = self.step >= self.config.iterations or capped
             if last or (self.step and self.step % (self.config.val_loss_every or self.config.iterations) == 0):
-                self.validate_off_the_clock()
-            if last:
-                break
+                self.clock.pause()  # validation takes no training time
+                self.elapsed_s = self.clock.agreed()[0]
+                result = self.validation_score()
+                self.log_step("step_validation", result.note, **result.headline(), **self._timing())
+                if last:
+                    break
+                self.clock.start()
             checkpoint_due = 0 < self.config.checkpoint_seconds <= self.elapsed_s - self.saved_at_s
             if signalled or batch_failed or (checkpoint_due and not self.skipped_in_a_row):
                 self.save()
@@ -1647,7 +1649,6 @@ class Trainer:
                 self.loader.batch(self.step)  # raises where the batch is missing,
                 self.clock.agreed()  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
             self.one_step()
-        self.clock.pause()
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
         self.log.row("compilations_in_timed_window", count=self.clock.compilations)
@@ -1675,11 +1676,10 @@ class Trainer:
         if self.step <= 10 or self.step % config.train_log_every == 0:
             self.elapsed_s = self.clock.agreed()[0]
             # Reading the losses is, with the swarm's votes, a step's only host synchronisation.
-            shown: dict[str, Any] = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
-            shown |= {"grad_norm": grad_norm.item(), **vars(self.controls), "qat": int(self.controls.qat)}
-            if self.crown_q_loss is not None:
-                shown["crown_q"] = self.crown_q_loss.item()
-            self.log_step("step", **shown)
+            shown = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
+            shown |= dict(grad_norm=grad_norm.item()) | vars(self.controls) | dict(qat=int(self.controls.qat))
+            crown_q = {} if self.crown_q_loss is None else dict(crown_q=self.crown_q_loss.item())
+            self.log_step("step", **shown, **crown_q)
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
         """Update on global batch `step`. Returns the gradient's global norm."""
@@ -1771,13 +1771,6 @@ class Trainer:
             problem = f"{self.skipped_in_a_row:.0f} updates in a row had gradients not finite, at step {self.step}"
             raise UserError(f"{problem}: {last}; lower MATRIX_LR or GRAD_CLIP_NORM")
         return int(signalled), bool(batch_failed)
-
-    def validate_off_the_clock(self) -> None:
-        self.clock.pause()
-        self.elapsed_s = self.clock.agreed()[0]
-        result = self.validation_score()
-        self.log_step("step_validation", result.note, **result.headline(), **self._timing())
-        self.clock.start()
 
     def validation_score(self) -> Score:
         """Of the weights as they are, in windows without overlap."""
@@ -2041,13 +2034,14 @@ def code_bytes() -> int:
 
 def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     """Log what counts against the limit. Raises ArtifactError, before any evaluation, above it."""
-    code = code_bytes()
+    code, files = code_bytes(), [path.name for path in code_paths()]
     total = code + artifact_bytes
-    log.row("artifact_bytes", "", f"Serialized model {label}: {artifact_bytes} bytes", dict(bytes=artifact_bytes))
-    told = dict(bytes=code, files=[path.name for path in code_paths()])
-    log.row("code_bytes", "", f"Code size: {code} bytes", told)
-    told = dict(bytes=total, limit=SIZE_LIMIT_BYTES)
-    log.row("total_bytes", "", f"Total submission size {label}: {total} bytes", told)
+    for event, head, size, further in (
+        ("artifact_bytes", f"Serialized model {label}", artifact_bytes, {}),
+        ("code_bytes", "Code size", code, dict(files=files)),
+        ("total_bytes", f"Total submission size {label}", total, dict(limit=SIZE_LIMIT_BYTES)),
+    ):
+        log.row(event, head=f"{head}: {size} bytes", told=dict(bytes=size, **further))
     if total > SIZE_LIMIT_BYTES:
         remedy = f"set FIT_BYTES=1 for coarser integers, or {SMALLER_MODEL}"
         raise ArtifactError(f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; {remedy}")
@@ -2155,13 +2149,9 @@ def quantize(
 
 def dequantize(tensors: Mapping[str, Tensor], plan: Mapping[str, str]) -> dict[str, Tensor]:
     """Undo `quantize`, in fp32. Raises KeyError for a missing tensor."""
-    state = {}
-    for name, codec in plan.items():
-        if codec.startswith("int"):
-            state[name] = Grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"])
-        else:
-            state[name] = tensors[name].float()
-    return state
+    integers = [name for name, codec in plan.items() if codec.startswith("int")]
+    state = {name: Grid.decode(tensors[f"{name}.levels"], tensors[f"{name}.scale"]) for name in integers}
+    return state | {name: tensors[name].float() for name in plan if name not in state}
 
 
 def smallest(weight: Tensor, fraction: float) -> Tensor:
@@ -3033,7 +3023,7 @@ class Runtime:
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
         rank = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None
-        when = datetime.datetime.now().timestamp()
+        when = time.time()
         line = f"error: rank {rank}: {text}" if rank else f"error: {text}"
         # What every rank finds is for rank 0 to say: its launcher then ends the others.
         time.sleep(2.0 if rank and rank != "0" else 0.0)

@@ -680,8 +680,7 @@ class TokenLoader:
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime):
         self.stream, self.config, self.runtime = stream, config, runtime
         self.plan = BatchPlan.of(config, runtime.world_size)
-        self.on_cuda = runtime.device.type == "cuda"
-        set_device = partial(torch.cuda.set_device, runtime.device) if self.on_cuda else None
+        set_device = partial(torch.cuda.set_device, runtime.device) if runtime.on_cuda else None
         self.reader = ThreadPoolExecutor(1, "loader", set_device)  # memory is pinned for a thread's device
         self.ahead: dict[int, Future[Tensor]] = {}  # by step, one at most
 
@@ -704,7 +703,7 @@ class TokenLoader:
         for row in np.argsort(sequences):  # in the order of the disk
             rows[row] = self.stream.read(sequences[row] * seq_len, seq_len + 1)
         tokens = torch.from_numpy(rows)
-        return tokens.pin_memory() if self.on_cuda else tokens
+        return tokens.pin_memory() if self.runtime.on_cuda else tokens
 
     def batch_failed(self, step: int) -> bool:
         ready = self.ahead.get(step)
@@ -1617,7 +1616,7 @@ class Trainer:
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
         # Updates left out, in a row and in all: copied without waiting, so on CUDA perhaps some steps old.
-        self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.device.type == "cuda")
+        self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.on_cuda)
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
     def train(self) -> None:
@@ -1807,10 +1806,9 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         """Stand where `state_dict` was taken, at any world size. Raises what odd content makes of itself."""
         own, found = flattened(self.state_dict() | {"config": {}, "identity": {}}), flattened(state)
-        for path, leaf in own.items():  # before anything changes; what is empty may hold anything
-            if not isinstance(leaf, dict) and kind_of(found[path]) != kind_of(leaf):
-                raise TypeError(f"{path} is {kind_of(found[path])}, not {kind_of(leaf)}")
         for path, leaf in own.items():
+            if not isinstance(leaf, dict) and kind_of(found[path]) != kind_of(leaf):  # what is empty may hold anything
+                raise TypeError(f"{path} is {kind_of(found[path])}, not {kind_of(leaf)}")
             if isinstance(leaf, Tensor):  # weights, moments and averages: the very tensors in use
                 leaf.copy_(found[path])
         for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
@@ -1919,9 +1917,8 @@ class Clock:
 
 def wants_compile(config: Config, runtime: Runtime) -> bool:
     """Raises UserError where compiling is wanted and Triton is missing."""
-    on_cuda = runtime.device.type == "cuda"
-    wanted = on_cuda if config.compile is None else config.compile
-    if wanted and on_cuda:
+    wanted = runtime.on_cuda if config.compile is None else config.compile
+    if wanted and runtime.on_cuda:
         require("triton", "compiling for CUDA (COMPILE=0 runs without)")
     return wanted
 
@@ -2268,8 +2265,7 @@ def shuffle_bytes(array: np.ndarray, undo: bool = False) -> np.ndarray:
 def compress(payload: bytes, compressor: str) -> bytes:
     if compressor == "brotli":
         return BROTLI_MAGIC + require("brotli", "COMPRESSOR=brotli").compress(payload, quality=11, lgwin=24)
-    zstandard = require("zstandard", "packing the artifact")
-    return zstandard.ZstdCompressor(level=22, write_checksum=True).compress(payload)
+    return require("zstandard", "packing the artifact").ZstdCompressor(22, write_checksum=True).compress(payload)
 
 
 def decompress(stream: bytes) -> bytes:
@@ -3043,7 +3039,7 @@ class Runtime:
         return torch.device("cuda", self.local_rank)
 
     def __enter__(self) -> Runtime:
-        if self.device.type == "cuda":
+        if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
@@ -3063,7 +3059,7 @@ class Runtime:
         return self
 
     def _join(self) -> None:
-        backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+        backend, device_id = ("nccl", self.device) if self.on_cuda else ("gloo", None)
         # torchrun may keep its store over a restart, with addresses of processes that are gone.
         store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.timeout))[0])
         store.set(f"device{self.rank}", self.device.type)
@@ -3116,6 +3112,10 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -3164,11 +3164,11 @@ class Runtime:
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self.on_cuda:
             torch.cuda.synchronize()
 
     def describe(self) -> dict[str, Any]:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
+        name = torch.cuda.get_device_name(self.device) if self.on_cuda else cpu_name()
         return dict(
             python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
             world_size=self.world_size, device=self.device.type, hardware=name, threads=torch.get_num_threads(),
@@ -3176,7 +3176,7 @@ class Runtime:
 
     def peak_memory(self) -> tuple[str, State]:
         """The log's line, and the same for machines."""
-        if self.device.type == "cuda":
+        if self.on_cuda:
             peak, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
             line = f"peak memory allocated: {peak} MiB reserved: {reserved} MiB"
             return line, dict(peak_mib=peak, reserved_mib=reserved)

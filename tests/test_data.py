@@ -29,7 +29,7 @@ from train_gpt import (
 
 def rank_of(world_size: int, rank: int):
     """What a loader asks of the runtime."""
-    return SimpleNamespace(world_size=world_size, rank=rank, device=torch.device("cpu"))
+    return SimpleNamespace(world_size=world_size, rank=rank, device=torch.device("cpu"), on_cuda=False)
 
 
 # ---- shards ------------------------------------------------------------------------------------------------------

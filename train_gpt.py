@@ -245,7 +245,7 @@ def evaluate(
                 note = "above what the contest allows" if total_s > STAGE_BUDGET_S else ""
                 log.row("evaluation_projected", note, total_s=total_s, budget_s=STAGE_BUDGET_S)
         mixer, began, result = make_mixer(config), time.perf_counter(), score_of(finished.results[-1][0], validation)
-        if mixer is not None:
+        if mixer:
             result = log_mixed(mixer, finished.scores, runtime, log, validation)
     total_s = sum(seconds for _, seconds in finished.results) + time.perf_counter() - began
     log.row("evaluation", total_s=total_s, budget_s=STAGE_BUDGET_S)
@@ -706,8 +706,7 @@ class TokenLoader:
         return tokens.pin_memory() if self.runtime.on_cuda else tokens
 
     def batch_failed(self, step: int) -> bool:
-        ready = self.ahead.get(step)
-        return ready is not None and ready.exception() is not None
+        return step in self.ahead and self.ahead[step].exception() is not None
 
     def close(self) -> None:
         self.reader.shutdown(cancel_futures=True)
@@ -3018,11 +3017,10 @@ class Runtime:
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
-        rank = environ.get("RANK") if environ.get("WORLD_SIZE", "1") != "1" else None
-        when = time.time()
-        line = f"error: rank {rank}: {text}" if rank else f"error: {text}"
-        # What every rank finds is for rank 0 to say: its launcher then ends the others.
-        time.sleep(2.0 if rank and rank != "0" else 0.0)
+        rank = environ.get("RANK", "") if environ.get("WORLD_SIZE", "1") != "1" else ""
+        when, line = time.time(), f"error: rank {rank}: {text}" if rank else f"error: {text}"
+        if rank not in ("", "0"):  # what every rank finds is for rank 0 to say: its launcher then ends the others
+            time.sleep(2.0)
         sys.stderr.write(line + "\n")
         if path := environ.get("TORCHELASTIC_ERROR_FILE"):
             with suppress(OSError):

@@ -1579,8 +1579,6 @@ def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
 class Trainer:
     """One training run: model, data, optimizers, and what changes from step to step."""
 
-    SETTLED_S = 3.0
-    FEW_STEPS = 20
     MAX_SKIPPED_IN_A_ROW = 5
 
     config: Config
@@ -1702,7 +1700,7 @@ class Trainer:
         """Say, after the run's first micro-batch, where the cap leaves next to no steps."""
         self.runtime.synchronize()
         step_s, cap_s = self.clock.now() * micro_batches, self.config.training_seconds
-        if 0 < cap_s < self.FEW_STEPS * step_s:
+        if 0 < cap_s < 20 * step_s:
             note = "MAX_WALLCLOCK_SECONDS leaves hardly any; try RECIPE=laptop or RECIPE=demo"
             self.log.row("few_steps", note, expected=int(cap_s / step_s), step_s=step_s)
 
@@ -1755,8 +1753,7 @@ class Trainer:
 
         Raises UserError when too many updates in a row were left out.
         """
-        left_s = self.config.training_seconds - self.elapsed_s
-        if 0 < left_s < self.SETTLED_S:
+        if 0 < self.config.training_seconds - self.elapsed_s < 3.0:
             self.runtime.synchronize()  # work still queued counts in the last seconds
         own = self.runtime.signal, self.loader.batch_failed(self.step), *self.skipped_on_host.tolist()
         self.elapsed_s, signalled, batch_failed, self.skipped_in_a_row, skipped = self.clock.agreed(*own)
@@ -2714,7 +2711,7 @@ class BackoffNgramMixer(Mixer):
     """The default: a chain of two-way mixtures from the neural q_0 through orders 1 to NGRAM_ORDER.
 
     q_k = (1 - w) q_{k-1} + w F/C, and w = 0 where C = 0. Online EM learns w per order and bucket of C, T/C and
-    neural entropy, all known before the target, so every q_k is a distribution. `guard` bounds the loss against q_0.
+    neural entropy, all known before the target, so every q_k is a distribution.
     """
 
     guarded = True
@@ -2725,8 +2722,7 @@ class BackoffNgramMixer(Mixer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        contexts = (len(self.count_edges) + 1) * self.novelty_bins
-        shape = (config.ngram_order, contexts, len(self.entropy_edges) + 1)
+        shape = (config.ngram_order, (len(self.count_edges) + 1) * self.novelty_bins, len(self.entropy_edges) + 1)
         self.reached = np.full(shape, 1.1)  # targets that no higher order explained, and a prior
         self.taken = np.full(shape, 0.1)  # those of them that this order did, and a prior
         self.taken[:, : self.novelty_bins] = 0.0  # C = 0: nothing to take from
@@ -3008,11 +3004,16 @@ class Runtime:
         self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.timeout = datetime.timedelta(seconds=config.join_seconds)
         self.meeting_place = f"MASTER_ADDR={environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
-        self.device = self._pick_device(config.device)
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
+        if config.device == "cuda" and not gpus:
+            raise ConfigError("DEVICE=cuda, but torch finds no CUDA device; unset it or use DEVICE=cpu")
+        if gpus and self.local_rank >= gpus:
+            raise ConfigError(f"local rank {self.local_rank}, but {gpus} GPUs; lower --nproc_per_node")
+        self.device = torch.device("cuda", self.local_rank) if gpus else torch.device("cpu")
         self.control_group: Any = None
+        self.former_handlers: list[Any] = []
         self.signal, self.signalled_at = 0, 0.0
         self.stop_at_once = False  # at a signal, where nothing worth saving is in the making
-        self.former_handlers: list[Any] = []
 
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
@@ -3025,16 +3026,6 @@ class Runtime:
         if path := environ.get("TORCHELASTIC_ERROR_FILE"):
             with suppress(OSError):
                 Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": when}}}))
-
-    def _pick_device(self, choice: str) -> torch.device:
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if choice == "cuda" and not gpus:
-            raise ConfigError("DEVICE=cuda, but torch finds no CUDA device; unset it or use DEVICE=cpu")
-        if choice == "cpu" or not gpus:
-            return torch.device("cpu")
-        if self.local_rank >= gpus:
-            raise ConfigError(f"local rank {self.local_rank}, but {gpus} GPUs; lower --nproc_per_node")
-        return torch.device("cuda", self.local_rank)
 
     def __enter__(self) -> Runtime:
         if self.on_cuda:
@@ -3153,8 +3144,7 @@ class Runtime:
     def require_same(self, what: str, text: str) -> None:
         """Raises ConfigError, on every rank, unless the text is the same on all."""
         number = int(digest_of(text)[:12], 16)
-        largest, negated_smallest = self.largest(number, -number)
-        if largest != -negated_smallest:
+        if sum(self.largest(number, -number)):  # the largest less the smallest
             raise ConfigError(f"the ranks have different {what}; give every node the same variables, data and code")
 
     def share(self, count: int) -> range:
@@ -3283,8 +3273,7 @@ class RunLog:
 
         The line begins with `head` where one is given; `told` is for machines alone.
         """
-        digits = 8 if event.endswith("_exact") else 4
-        shown = (_key_value(name, value, digits) for name, value in fields.items())
+        shown = (_key_value(name, value, 8 if event.endswith("_exact") else 4) for name, value in fields.items())
         self.line(" ".join(filter(None, [head or event, *shown, note])))
         self.tell(event, **(told or {}), **fields, **({"note": note} if note else {}))
 

@@ -27,6 +27,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import fcntl
 import hashlib
 import importlib
 import itertools
@@ -35,6 +36,7 @@ import math
 import os
 import platform
 import re
+import resource
 import signal
 import sys
 import textwrap
@@ -3168,12 +3170,8 @@ class Runtime:
             peak, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
             line = f"peak memory allocated: {peak} MiB reserved: {reserved} MiB"
             return line, dict(peak_mib=peak, reserved_mib=reserved)
-        with suppress(ImportError):
-            import resource
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-            return f"peak memory allocated: {peak} MiB (process, resident)", dict(peak_mib=peak)
-        return "peak memory allocated: unknown on this system", {}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        return f"peak memory allocated: {peak} MiB (process, resident)", dict(peak_mib=peak)
 
 
 def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
@@ -3340,11 +3338,9 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
 def try_lock(file: TextIO) -> bool:
     """Lock a file until this process ends; false when another has locked it."""
     try:
-        import fcntl
-
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:  # systems and file systems without locks: none is there to respect
-        return getattr(error, "errno", None) not in (errno.EAGAIN, errno.EACCES)
+    except OSError as error:  # a file system without locks: none is there to respect
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
 
 

@@ -5,18 +5,9 @@
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py
     python train_gpt.py --help                        # recipes and settings
 
-Importing this file starts nothing. Within a section what is called stands below its caller:
-
-    1. Spine              the whole job: train, write the artifact, reload it, evaluate
-    2. Config             every setting with its range; the recipes
-    3. Data               shards to batches; validation text to targets and their bytes
-    4. Grid and model     the roles of parameters, the GPT, the quantization grid
-    5. Optimizers         Parallel Muon, AdamW, the schedules
-    6. Training           the loop, what steers it, weight averages
-    7. Artifact           weights to integers to bytes, and back
-    8. Scoring            windows, token scores, test-time training
-    9. Counts and mixers  n-gram counts, mixtures, the check that they are probabilities
-    10. Machinery         ranks, signals, log lines, checkpoints
+Importing this file starts nothing. It has ten sections: 1. Spine, which is the whole job, 2. Config, 3. Data,
+4. Grid and model, 5. Optimizers, 6. Training, 7. Artifact, 8. Scoring, 9. Counts and mixers, 10. Machinery. The head
+of each says what goes in and what comes out, and within it what is called stands below its caller.
 """
 
 from __future__ import annotations

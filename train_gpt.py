@@ -98,7 +98,7 @@ def require(package: str, purpose: str) -> Any:
         raise UserError(f"{purpose} needs the package {name!r} ({error}): pip install {name}") from error
 
 
-# 1. Spine ------------------------
+# 1. Spine ----
 # In: the environment. Out: one score, its log, and the artifact.
 def main(arguments: Sequence[str] = ()) -> int:
     """Returns the exit code: 2 after an error that a user can mend, said in one line; 128 + number after a signal."""
@@ -142,7 +142,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     if validation.named_tokenizer is None:
         log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
     targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
-    log.row("validation", validation.note, targets=targets, bytes=total, digest=digest[:16])
+    log.row("validation", "partial" if validation.partial else "", targets=targets, bytes=total, digest=digest[:16])
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
@@ -223,7 +223,7 @@ def evaluate(
         ("sliding_window", lambda: score_stream(*arguments, stride), {"stride": stride}),
     ]
     if config.ttt_enabled:
-        shown = dict(epochs=config.ttt_epochs, chunk=config.ttt_chunk_tokens)
+        shown = dict(rank=config.ttt_rank, chunk=config.ttt_chunk_tokens)
         stages.append(("ttt", lambda: score_then_adapt(*arguments, log), shown))
     with finished.stopping_at_once():
         for index, (stage, score, extra) in enumerate(stages):
@@ -247,9 +247,9 @@ def evaluate(
 
 def projected_seconds(config: Config, num_targets: int, first_s: float) -> float:
     """Of all stages, if training on a window costs as much as scoring three, and mixing 2.5 µs a target."""
-    overlap = config.eval_seq_len / config.eval_stride
-    passes = 1 + overlap + config.ttt_enabled * (overlap + 3 * config.ttt_epochs)
-    return first_s * passes + 2.5e-6 * num_targets * (config.mixer != "none")
+    overlap, ttt = config.eval_seq_len / config.eval_stride, config.ttt_enabled
+    trained = 3 * config.eval_seq_len / config.ttt_chunk_tokens if config.ttt_rank else overlap + 3 * config.ttt_epochs
+    return first_s * (1 + overlap + ttt * trained) + 2.5e-6 * num_targets * (config.mixer != "none")
 
 
 def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: float, **extra: Any) -> None:
@@ -259,7 +259,7 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
     log.row(f"{prefix}{stage}_exact", result.note, told=told, **fields)
 
 
-# 2. Config ------------------------
+# 2. Config ----
 # In: environment variables. Out: one frozen object, checked before anything starts: of each setting the variable's
 # value, else the recipe's, else the default below.
 LARGE = 10**9
@@ -387,6 +387,7 @@ class Config:
     eval_stride: int = number(64, "new targets of a sliding window", 1)
     eval_batch_seqs: int = number(32, "windows of one forward pass", 1)
     ttt_enabled: bool = setting(False, "score-first test-time training")
+    ttt_rank: int = number(0, "of adapters that begin anew in each document; 0: trains the model", 0, 256)
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
     ttt_lr: float = number(0.002, "its first learning rate")
     ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks")
@@ -416,7 +417,7 @@ class Config:
     def from_env(cls, environ: Mapping[str, str]) -> Config:
         """Raises ConfigError: the variable, its value, what is allowed."""
         fields = {each.name.upper(): each for each in dataclasses.fields(cls)}
-        _reject_foreign(environ, set(fields))
+        reject_typos(environ, set(fields))
         recipe = environ.get("RECIPE", cls.recipe)
         if recipe not in RECIPES:
             raise ConfigError(f"RECIPE={recipe!r} is none of {', '.join(RECIPES)}")
@@ -447,7 +448,7 @@ class Config:
         layers, width, seq_len, ttt = self.num_layers, self.head_dim, self.train_seq_len, self.ttt_enabled
         cap, reserve, embedded = self.max_wallclock_seconds, self.train_reserve_seconds, self.ve_layers
         exact, stack, rotated = self.ngram_counts == "exact", [*range(layers)], self.rope_dims or width
-        again = self.repeat_layers
+        again, whole = self.repeat_layers, ttt and not self.ttt_rank
         rules = (
             (self.model_dim % self.num_heads == 0, "model_dim", "a multiple of NUM_HEADS"),
             (width % 2 == 0, "num_heads", "heads of an even width (MODEL_DIM / NUM_HEADS)"),
@@ -459,7 +460,7 @@ class Config:
             ([*again] == stack[again[0] :][: len(again)] if again else True, "repeat_layers", "neighbours"),
             (self.eval_stride <= self.eval_seq_len, "eval_stride", "at most EVAL_SEQ_LEN"),
             # A shorter chunk would be trained on before all of it is scored.
-            (not ttt or self.ttt_chunk_tokens >= self.eval_seq_len, "ttt_chunk_tokens", "at least EVAL_SEQ_LEN"),
+            (not whole or self.ttt_chunk_tokens >= self.eval_seq_len, "ttt_chunk_tokens", "at least EVAL_SEQ_LEN"),
             (self.alpha_base + self.alpha_range <= 1, "alpha_range", "at most 1 - ALPHA_BASE"),
             (self.ngram_buckets & (self.ngram_buckets - 1) == 0, "ngram_buckets", "a power of two"),
             (not cap or reserve < cap, "train_reserve_seconds", "less than MAX_WALLCLOCK_SECONDS"),
@@ -533,16 +534,16 @@ NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
     "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
     "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
-)  # fmt: skip
+)
 
 SMALL = dict(  # for a CPU
     bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_enabled=True,
     ttt_chunk_tokens=8192, ttt_batch_seqs=8, mixer="backoff",
-)  # fmt: skip
+)
 FRONTIER = dict(  # what later public work found; QAT clips as the full-size artifact has to, to be near its limit
     bigram_vocab_size=3072, bigram_dim=112, min_lr=0.05, muon_eq_rows=True, quantizer="gptq", clip_std=5.0,
-    ttt_enabled=True, mixer="backoff",
-)  # fmt: skip
+    ttt_enabled=True, ttt_rank=64, ttt_lr=0.001, ttt_chunk_tokens=128, mixer="backoff",
+)
 
 # What a recipe sets beyond the defaults above.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -569,7 +570,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64, ve_layers=(4, 5),
         parallel_residual_from=4, train_seq_len=512, train_batch_tokens=16_384, warmdown_iters=100, muon_momentum=0.95,
         train_reserve_seconds=10.0, calibration_tokens=16_384, val_loss_every=0, train_log_every=20, swarm_every=20,
-        eval_seq_len=512, eval_stride=128, ttt_epochs=1,
+        val_tokens=262_144, eval_seq_len=512, eval_stride=128,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
@@ -579,7 +580,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_epochs=1, ttt_freeze_blocks=1,
         ttt_lr=0.01,
     ),
-}  # fmt: skip
+}
 
 
 def help_text() -> str:
@@ -615,7 +616,7 @@ KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {
     "bool": (lambda text: FLAGS[text.strip().lower()], "0, 1, true or false"),
     "bool | None": (lambda text: {"auto": None, **FLAGS}[text.strip().lower()], "auto, 0 or 1"),
     "tuple[int, ...]": (lambda text: tuple(map(int, filter(str.strip, text.split(",")))), "whole numbers with commas"),
-}  # fmt: skip
+}
 
 
 def parse(variable: str, text: str, kind: object) -> Any:
@@ -638,28 +639,14 @@ def prepared_with(folder: str) -> dict[str, Any]:
     return dict(vocab_size=vocab_size) | {name: path for name, path in files.items() if os.path.isfile(path)}
 
 
-# Variables of other submissions, and what takes their place here.
-FOREIGN = dict(
-    SWA_ENABLED="WEIGHT_AVERAGE", EMA_ENABLED="WEIGHT_AVERAGE", LAWA_ENABLED="WEIGHT_AVERAGE",
-    SWA_START_FRAC="SWA_START_SCALE", SWA_INTERVAL="SWA_EVERY", VE_ENABLED="VE_LAYERS", QAT_ENABLED="QAT_BITS",
-    LATE_QAT="LATE_QAT_THRESHOLD", VAL_BATCH_SIZE="EVAL_BATCH_SEQS", GRAD_ACCUM_STEPS="MICRO_BATCH_TOKENS",
-    GRAD_CLIP="GRAD_CLIP_NORM", MUON_BACKEND_STEPS="MUON_STEPS", MUON_NS_STEPS="MUON_STEPS",
-    MUON_WEIGHT_DECAY="MUON_WD", GPTQ_RESERVE_SECONDS="TRAIN_RESERVE_SECONDS", GPTQ_CALIB_BATCHES="CALIBRATION_TOKENS",
-    XSA_ALL_LAYERS="XSA_LAST_N", MUON_BETA2="", DTG_ENABLED="", GATED_ATTENTION="", VALUE_RESIDUAL="",
-)  # fmt: skip
-
-
-def _reject_foreign(environ: Mapping[str, str], known: set[str]) -> None:
-    """Raises ConfigError for another submission's variable, or nearly a field's name."""
+def reject_typos(environ: Mapping[str, str], known: set[str]) -> None:
+    """Raises ConfigError for a variable that is nearly a field's."""
     for name in sorted(set(environ) - known - {"COMPILER", "NUM_THREADS"}):  # near, and in ordinary use
-        upper, text = name.upper(), f"{name}={environ[name]!r} is no setting of this program"
-        if upper in FOREIGN:
-            raise ConfigError(f"{text}: {FOREIGN[upper] or 'nothing'} takes its place. Unset it")
-        if close := difflib.get_close_matches(upper, sorted(known), n=1, cutoff=0.88):
-            raise ConfigError(f"{text}; did you mean {close[0]}? Rename or unset it")
+        if close := difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.88):
+            raise ConfigError(f"{name}={environ[name]!r} is no setting; did you mean {close[0]}? Rename or unset it")
 
 
-# 3. Data ------------------------
+# 3. Data ----
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation targets with
 # their bytes. Shards may be damaged, or change while a run reads them: all is checked before use.
 MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
@@ -723,10 +710,8 @@ def shuffled(position: int, count: int, seed: int) -> int:
 
 
 class BatchPlan(NamedTuple):
-    """A rank's sequences of a global batch, in how many equal micro-batches."""
-
-    rank_seqs: int
-    grad_accum_steps: int
+    rank_seqs: int  # a rank's sequences of a global batch
+    grad_accum_steps: int  # in how many equal micro-batches
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> BatchPlan:
@@ -805,7 +790,6 @@ class ValidationSet:
         tokens = np.concatenate([read_shard(path) for path in paths])
         check_vocabulary(tokens, config.vocab_size, folder)
         self.partial = 0 < config.val_tokens < len(tokens) - 1
-        self.note = "partial" if self.partial else ""
         self.tokens = tokens[: config.val_tokens + 1] if self.partial else tokens
         self.bytes = tokenizer.target_bytes(self.tokens[:-1], self.tokens[1:])
         self.total_bytes = int(self.bytes.sum())
@@ -897,10 +881,10 @@ def read_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens, uint16 (tokens,). Raises DataError."""
     try:
         size = path.stat().st_size
-        header = np.fromfile(path, "<i4", 3)
+        found = np.fromfile(path, "<i4", 3).tolist()
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
-    found, expected = header[:3].tolist(), [SHARD_MAGIC, SHARD_VERSION, (size - SHARD_HEADER_BYTES) / 2]
+    expected = [SHARD_MAGIC, SHARD_VERSION, (size - SHARD_HEADER_BYTES) / 2]
     if found != expected or size < SHARD_HEADER_BYTES:
         raise DataError(f"{path} is no whole shard: it begins {found}, its {size} bytes need {expected}; {MAKE_DATA}")
     return np.memmap(path, np.uint8, "r")[SHARD_HEADER_BYTES:].view("<u2")
@@ -913,7 +897,7 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: object) -> Non
         raise DataError(f"{source} holds token id {largest}, but VOCAB_SIZE={vocab_size}; use its own tokenizer")
 
 
-# 4. Grid and model ------------------------
+# 4. Grid and model ----
 # In: token ids. Out: logits, losses, token scores. State-dict names are the earlier submissions'.
 class Role(NamedTuple):
     """What is decided for one kind of parameter, in training, artifact and evaluation."""
@@ -960,6 +944,7 @@ class GPT(nn.Module):
         self.config, self.attend = config, attend or sdpa_attention
         self.compute_dtype = COMPUTE_DTYPES.get(config.compute_dtype)
         self.repeated = config.repeat_layers  # in training () before REPEAT_FROM
+        self.adapters: dict[str, tuple[Tensor, Tensor]] = {}  # of a bank: (matrices, out, rank), (matrices, rank, in)
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, D))
@@ -1012,6 +997,9 @@ class GPT(nn.Module):
         weight = self.get_parameter(name)
         if qat and name in self.grids:
             weight = fake_quantize(weight, *self.grids[name])
+        if name in self.adapters:
+            left, right = self.adapters[name]
+            weight = weight + left @ right
         return weight.to(self.dtype)
 
     def _layer_weights(self, qat: bool) -> list[LayerWeights]:
@@ -1376,7 +1364,7 @@ fake_quantize.register_fake(lambda weight, *_: torch.empty_like(weight))
 fake_quantize.register_autograd(lambda _, grad: (grad, None, None))
 
 
-# 5. Optimizers ------------------------
+# 5. Optimizers ----
 # In: gradients of this rank. Out: the same updated weights on every rank.
 class Optimizers:
     """Banks under Muon, every other parameter under AdamW with one flat gradient buffer."""
@@ -1520,8 +1508,7 @@ def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
     remaining = config.iterations - step
     if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
         remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
-    share = min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
-    return config.min_lr + (1 - config.min_lr) * share
+    return config.min_lr + (1 - config.min_lr) * min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
 
 
 def muon_momentum_at(config: Config, step: int) -> float:
@@ -1529,12 +1516,12 @@ def muon_momentum_at(config: Config, step: int) -> float:
     return (1 - fraction) * config.muon_momentum_warmup_start + fraction * config.muon_momentum
 
 
-# 6. Training ------------------------
+# 6. Training ----
 # In: batches. Out: trained weights and their average.
 def make_trainer(
     config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
     checkpoints: Checkpoints,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """Everything for a training run; logs how large it is."""
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
@@ -1665,10 +1652,11 @@ class Trainer:
         if self.step <= 10 or self.step % config.train_log_every == 0:
             self.elapsed_s = self.clock.agreed()[0]
             # Reading the losses is, with the swarm's votes, a step's only host synchronisation.
-            shown = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
+            shown: dict[str, Any] = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
             shown |= dict(grad_norm=grad_norm.item()) | vars(self.controls) | dict(qat=int(self.controls.qat))
-            crown_q = {} if self.crown_q_loss is None else dict(crown_q=self.crown_q_loss.item())
-            self.log_step("step", **shown, **crown_q)
+            if self.crown_q_loss is not None:
+                shown["crown_q"] = self.crown_q_loss.item()
+            self.log_step("step", **shown)
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
         """Update on global batch `step`. Returns the gradient's global norm."""
@@ -1676,7 +1664,7 @@ class Trainer:
         batches = self.loader.batch(step)
         share = 1.0 / (len(batches) * self.runtime.world_size)
         token_weights = self.token_weights(batches)
-        self.train_loss, self.crown_q_loss = torch.zeros((), device=self.runtime.device), None
+        self.train_loss, self.crown_q_loss = torch.zeros_like(self.train_loss), None
         for ids, targets in batches:
             main, weighted, further = self.losses(ids, targets, self.controls.qat, token_weights)
             ((weighted + self.controls.mtp_weight * further) * share).backward()
@@ -1719,7 +1707,7 @@ class Trainer:
             elapsed_ms=1000 * self.elapsed_s, max_wallclock_ms=1000 * config.training_seconds,
             current_lr_scale=lr_scale, qat_enabled=controls.qat, kg_weight=controls.kg_weight,
             mtp_weight=controls.mtp_weight, clip_norm=controls.clip_norm, qat_available=config.qat_bits > 0,
-        )  # fmt: skip
+        )
         values = vars(controls) | {decision.parameter: decision.new for decision in mesh.vote(metrics)}
         qat, *further = self.runtime.from_main(*values.values())
         self.controls = Controls(bool(qat), *further)
@@ -1788,9 +1776,8 @@ class Trainer:
             model=self.model.state_dict(), optimizers=self.optimizers.state_dict(), average=self.average.state_dict(),
             swarm=self.swarm.state_dict() if self.swarm else {}, controls=asdict(self.controls),
             progress=dict(step=self.step, elapsed_s=self.elapsed_s, finished=self.finished, losses=self.loss_history),
-            rng=torch.get_rng_state(), identity=self.identity, config=asdict(self.config),
-            world_size=self.runtime.world_size,
-        )  # fmt: skip
+            identity=self.identity, config=asdict(self.config), world_size=self.runtime.world_size,
+        )
 
     def load_state_dict(self, state: State) -> None:
         """Stand where `state_dict` was taken, at any world size. Raises what odd content makes of itself."""
@@ -1808,7 +1795,6 @@ class Trainer:
             self.swarm.load_state_dict(state["swarm"])
             self.swarm.summary()  # reads all of it
         self.controls = Controls(**state["controls"])
-        torch.set_rng_state(state["rng"])
         progress = state["progress"]
         self.step, self.finished, self.loss_history = progress["step"], progress["finished"], progress["losses"]
         self.elapsed_s = self.saved_at_s = self.clock.total_s = progress["elapsed_s"]
@@ -1853,8 +1839,7 @@ class WeightAverage:
     """EMA with a ramped decay, the mean of snapshots (SWA), or nothing; of what the artifact holds."""
 
     def __init__(self, model: GPT, config: Config):
-        self.config, self.count = config, 0
-        self.names = [*model.plan]
+        self.config, self.count, self.names = config, 0, [*model.plan]
         self.sources: list[Tensor] = [model.get_parameter(name) for name in self.names]
         self.shadow = [p.detach().clone() for p in self.sources] if config.weight_average != "none" else []
 
@@ -1918,7 +1903,7 @@ def compile_count() -> int:
     return dynamo_utils.counters["stats"]["unique_graphs"]
 
 
-# 7. Artifact ------------------------
+# 7. Artifact ----
 # In: averaged weights, and training data where GPTQ is asked for. Out: one file under the limit that holds the
 # model, and a model again from that file and this code alone. Nothing is ever unpickled.
 ARTIFACT_NAME, ARTIFACT_FORMAT = "final_model.int6.ptz", 3
@@ -2022,12 +2007,10 @@ def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
     """Log what counts against the limit. Raises ArtifactError, before any evaluation, above it."""
     code, files = code_bytes(), [path.name for path in code_paths()]
     total = code + artifact_bytes
-    for event, head, size, further in (
-        ("artifact_bytes", f"Serialized model {label}", artifact_bytes, {}),
-        ("code_bytes", "Code size", code, dict(files=files)),
-        ("total_bytes", f"Total submission size {label}", total, dict(limit=SIZE_LIMIT_BYTES)),
-    ):
-        log.row(event, head=f"{head}: {size} bytes", told=dict(bytes=size, **further))
+    log.row("artifact_bytes", "", f"Serialized model {label}: {artifact_bytes} bytes", dict(bytes=artifact_bytes))
+    log.row("code_bytes", "", f"Code size: {code} bytes", dict(bytes=code, files=files))
+    told = dict(bytes=total, limit=SIZE_LIMIT_BYTES)
+    log.row("total_bytes", "", f"Total submission size {label}: {total} bytes", told)
     if total > SIZE_LIMIT_BYTES:
         remedy = f"set FIT_BYTES=1 for coarser integers, or {SMALLER_MODEL}"
         raise ArtifactError(f"the submission is {total - SIZE_LIMIT_BYTES} bytes over {SIZE_LIMIT_BYTES}; {remedy}")
@@ -2036,7 +2019,7 @@ def log_ledger(log: RunLog, artifact_bytes: int, label: str) -> None:
 def fit_artifact(
     make: Callable[[Config], dict[str, Tensor]], pack: Callable[[Mapping[str, Tensor]], bytes],
     config: Config, limit: int, log: RunLog | None = None,
-) -> tuple[Config, dict[str, Tensor], bytes]:  # fmt: skip
+) -> tuple[Config, dict[str, Tensor], bytes]:
     """The finest config whose artifact has at most `limit` bytes, its tensors and their bytes.
 
     Candidates are `config`, wider clips, and the widest with more weights pruned; their entropy is compared, and only
@@ -2097,14 +2080,12 @@ def calibrate(trainer: Trainer) -> Hessians:
         batch_s = now_s - before_s
     moments = {name: runtime.all_reduce_sum(total) / tokens for name, total in sums.items()}
     clock.pause()  # what follows reads no training data
-    factors_began = time.perf_counter()
     factors = {bank: factorize(torch.cat([moments[x] for x in ROLES[bank].inputs])) for bank in BANK_NAMES if tokens}
-    damping = [damping for factor in factors.values() for damping in factor.damping.tolist()]
     trainer.log.row(
         "calibration", tokens=tokens, time_s=clock.total_s - began_s, train_and_calibration_s=clock.total_s,
-        budget_s=config.max_wallclock_seconds, factors_s=time.perf_counter() - factors_began,
-        more_damping=sum(damping > DAMPING[0] for damping in damping), without_factor=damping.count(math.inf),
-    )  # fmt: skip
+        budget_s=config.max_wallclock_seconds,
+        without_factor=sum(int(factor.damping.isinf().sum()) for factor in factors.values()),
+    )
     return factors
 
 
@@ -2350,48 +2331,105 @@ def ans_tables(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return widths.reshape(-1), (widths.cumsum(1) - widths).reshape(-1)
 
 
-# 8. Scoring ------------------------
+# 8. Scoring ----
 # In: a model and the validation tokens. Out: one stream of token scores in which every target stands exactly once.
 def score_stream(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, stride: int) -> TokenScores:
     """The validation stream scored by a sliding window, whole on every rank."""
     windows = plan_windows(validation.num_targets, config.eval_seq_len, stride)
     scorer = WindowScorer(model, config, runtime, validation.tokens)
-    return scorer.finish(*scorer.score_all(windows, 0, len(windows.starts)))
+    scorer.score_all(windows, 0, len(windows.starts))
+    return scorer.finish()
 
 
 def score_then_adapt(
     model: GPT, config: Config, runtime: Runtime, validation: ValidationSet, log: RunLog | None = None
 ) -> TokenScores:
     """Legal TTT: score a chunk, then train a copy of the model on it; not on the last."""
-    windows = plan_windows(validation.num_targets, config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens)
-    trainer = TestTimeTrainer(copy.deepcopy(model), config, runtime, validation)
+    if config.ttt_rank:
+        return adapt_by_document(model, config, runtime, validation)
+    num_targets, chunk_tokens = validation.num_targets, config.ttt_chunk_tokens
+    windows = plan_windows(num_targets, config.eval_seq_len, config.eval_stride, chunk_tokens)
+    trainer = ChunkTrainer(copy.deepcopy(model), config, runtime, validation)
     scorer = WindowScorer(trainer.average, config, runtime, validation.tokens, config.ttt_temperature)
-    chunk_starts = range(0, validation.num_targets, config.ttt_chunk_tokens)
-    scores, so_far = [], np.zeros(2)  # bits and bytes
+    chunk_starts = range(0, num_targets, chunk_tokens)
+    so_far = np.zeros(2)  # bits and bytes
     for chunk, start in enumerate(chunk_starts):
-        stop = min(start + config.ttt_chunk_tokens, validation.num_targets)
+        stop = min(start + chunk_tokens, num_targets)
         first, last = np.searchsorted(windows.starts + windows.length, (start, stop), side="right")
-        scores.append(scorer.score_all(windows, int(first), int(last)))
-        lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < validation.num_targets else 0.0
+        logp, _ = scorer.score_all(windows, int(first), int(last))
+        lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < num_targets else 0.0
         if log:
-            nats, size = -scores[-1][0].sum(dtype=np.float64), validation.bytes[start:stop].sum()
+            nats, size = -logp.sum(dtype=np.float64), validation.bytes[start:stop].sum()
             so_far += nats / math.log(2), size
             bpb, bpb_so_far = nats / math.log(2) / max(size, 1), so_far[0] / max(so_far[1], 1)
             told = dict(chunk=chunk + 1, chunks=len(chunk_starts), targets=stop, val_loss=nats / (stop - start))
             log.tell("ttt_chunk", **told, val_bpb=bpb, val_bpb_so_far=bpb_so_far, lr=lr)
-        if stop < validation.num_targets:
+        if stop < num_targets:
             trainer.train_on(scorer, range(start, stop), lr)
-    return scorer.finish(*(np.concatenate(column) for column in zip(*scores)))
+    return scorer.finish()
 
 
-class TestTimeTrainer:
+def adapt_by_document(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet) -> TokenScores:
+    """Legal TTT that forgets: score the next TTT_CHUNK_TOKENS targets of a document, then train its adapters on all
+    that are scored in their window; each document begins with new ones (pull request 77).
+
+    A rank takes the documents that begin in its share of the stream. All windows have one length, and where a document
+    ends is looked up after its end is scored, so that a score depends on what stands before it alone, to the bit.
+    """
+    tokens, num_targets, length = validation.tokens, validation.num_targets, config.eval_seq_len
+    chunk_tokens = min(config.ttt_chunk_tokens, length)
+    trainer = DocumentTrainer(model, config)
+    scorer = WindowScorer(trainer.model, config, runtime, tokens, config.ttt_temperature)
+    for begin in (target for target in runtime.share(num_targets) if target == 0 or tokens[target] == BOS_ID):
+        trainer.begin()
+        first = begin
+        while first == begin or (first < num_targets and tokens[first] != BOS_ID):
+            stop = first + chunk_tokens
+            start = max(stop - length, 0)
+            ids, targets = scorer.sequences(np.array([start]), length)
+            answer = [each[0] for each in scorer.compiled(ids, targets, length, scorer.temperature)]
+            ends = first + 1 + np.flatnonzero(tokens[first + 1 : stop + 1] == BOS_ID)
+            stop = int(min(stop, num_targets, *ends))
+            scorer.keep(first, *(each[first - start : stop - start].detach() for each in answer))
+            trainer.learn(answer[0][max(begin - start, 0) : stop - start])
+            first = stop
+    runtime.all_reduce_sum(scorer.scores)
+    return scorer.finish()
+
+
+class DocumentTrainer:
+    """Low-rank adapters (arXiv 2106.09685) beside the banks of a copy of the model, and their Adagrad.
+
+    Of the two factors the left one is drawn once and stays, as in arXiv 2308.03303; the right one begins at 0.
+    """
+
+    def __init__(self, model: GPT, config: Config):
+        self.model, self.rate = copy.deepcopy(model).requires_grad_(requires_grad=False), config.ttt_lr
+        generator, rank = torch.Generator().manual_seed(config.seed), config.ttt_rank
+        self.trained: list[Tensor] = []
+        for name in BANK_NAMES:
+            bank = model.get_parameter(name)
+            drawn = torch.randn(*bank.shape[:2], rank, generator=generator) / math.sqrt(rank)
+            self.trained.append(bank.new_zeros(len(bank), rank, bank.size(2), requires_grad=True))
+            self.model.adapters[name] = drawn.to(bank.device), self.trained[-1]
+
+    def begin(self) -> None:
+        torch._foreach_zero_([factor.detach() for factor in self.trained])
+        self.optimizer = torch.optim.Adagrad(self.trained, self.rate)
+
+    def learn(self, logp: Tensor) -> None:
+        """A step on the mean loss of scored targets, logp (N,)."""
+        self.optimizer.zero_grad()
+        (-logp.mean()).backward()
+        self.optimizer.step()
+
+
+class ChunkTrainer:
     """Trains the model on text that is already scored (pull requests 1081 and 700).
 
     The first TTT_FREEZE_BLOCKS blocks keep their slices of the banks, and with TTT_SCOPE=all all they have. Ranks
     share each batch, so their number changes nothing.
     """
-
-    __test__ = False  # no test case, despite its name
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime, validation: ValidationSet):
         self.model, self.config, self.runtime = model, config, runtime
@@ -2457,21 +2495,21 @@ class WindowScorer:
         self.batch_seqs = config.eval_batch_seqs
         self.samples = sample_targets(len(tokens) - 1, config.sample_seed)
         self.sampled = torch.zeros(len(self.samples), config.vocab_size, device=runtime.device)
+        self.scores = self.sampled.new_zeros(len(tokens) - 1, 2)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
-        forward = model.token_scores
-        self.compiled = torch.compile(forward, dynamic=False) if wants_compile(config, runtime) else forward
+        score = model.token_scores
+        self.compiled = torch.compile(score, dynamic=False) if wants_compile(config, runtime) else score
 
     def sequences(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """ids and targets of the sequences from `starts` on, each (len(starts), length), int64."""
-        rows = self.tokens[torch.from_numpy(starts)[:, None] + torch.arange(length + 1)].long()
+        places = torch.from_numpy(starts)[:, None] + torch.arange(length + 1)
+        rows = self.tokens[places.clamp(max=len(self.tokens) - 1)].long()  # beyond the end nothing is scored
         return rows[:, :-1], rows[:, 1:]
 
     @torch.inference_mode()
-    def score_all(self, windows: Windows, first: int, stop: int) -> list[np.ndarray]:
-        """logp and entropy of windows first … stop-1, on every rank; each scores a contiguous part."""
+    def score_all(self, windows: Windows, first: int, stop: int) -> np.ndarray:
+        """logp and entropy (2, N) of windows first … stop-1, on every rank; each scores a contiguous part."""
         ends = windows.starts + windows.length  # where a window, and what it scores, ends
-        before = ends[first] - windows.tails[first]
-        scores = self.sampled.new_zeros(2, ends[stop - 1] - before)
         share = self.runtime.share(stop - first)
         start, own_stop = first + share.start, first + share.stop
         while start < own_stop:
@@ -2481,15 +2519,21 @@ class WindowScorer:
             forward = self.compiled if end - start == self.batch_seqs else self.model.token_scores
             ids, targets = self.sequences(windows.starts[start:end], windows.length)
             logp, entropy, every = forward(ids, targets, tail, self.temperature)
-            span = ends[start] - tail, ends[end - 1]
-            scores[:, span[0] - before : span[1] - before] = torch.stack([logp, entropy]).flatten(1)
-            low, high = np.searchsorted(self.samples, span)
-            self.sampled[low:high] = every.flatten(0, 1)[self.samples[low:high] - span[0]]
+            self.keep(ends[start] - tail, logp.flatten(), entropy.flatten(), every.flatten(0, 1))
             start = end
-        return [*self.runtime.all_reduce_sum(scores).cpu().numpy()]
+        scored = self.scores[ends[first] - windows.tails[first] : ends[stop - 1]]
+        return self.runtime.all_reduce_sum(scored).T.cpu().numpy()
 
-    def finish(self, logp: np.ndarray, entropy: np.ndarray) -> TokenScores:
+    def keep(self, first: int, logp: Tensor, entropy: Tensor, every: Tensor) -> None:
+        """Take the answers (N,), (N,) and (N, V) for targets from `first` on."""
+        stop = first + len(logp)
+        self.scores[first:stop] = torch.stack([logp, entropy], 1)
+        low, high = np.searchsorted(self.samples, (first, stop))
+        self.sampled[low:high] = every[self.samples[low:high] - first]
+
+    def finish(self) -> TokenScores:
         """The scores with the sampled predictions, until now on different ranks."""
+        logp, entropy = self.scores.T.contiguous().cpu().numpy()
         return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy(), self.samples)
 
 
@@ -2557,7 +2601,7 @@ def sample_targets(num_targets: int, seed: int) -> np.ndarray:
     return np.union1d(drawn, np.arange(min(16, num_targets)))
 
 
-# 9. Counts and mixers ------------------------
+# 9. Counts and mixers ----
 # In: the scored stream. Out: the mixed stream, and at sampled targets the whole mixture, which must add up to 1
 # and give the token that came what the stream gave it.
 HASH_MULTIPLIERS = (36313, 27191, 51647, 81929, 131071, 174763, 233017)  # PR 1094
@@ -2588,7 +2632,7 @@ def make_mixer(config: Config) -> Mixer | None:
 def mix_scores(
     mixer: Mixer, tokens: Tensor, logp: np.ndarray, entropy: np.ndarray,
     probe: MassProbe | None = None, block: int = 2048,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Mix the neural scores (N,) of targets tokens[1:], int64: float64 log-probabilities (N,) in nats.
 
     Each block is scored before the mixer learns from it.
@@ -2633,7 +2677,7 @@ class MassProbe:
     `mass` (S,) their sums, 1 if valid; `gap` (S,), 0 if valid, is how far, in nats, the stream's own score is off.
     """
 
-    def __init__(self, position: np.ndarray, logp: np.ndarray, entropy: np.ndarray) -> None:
+    def __init__(self, position: np.ndarray, logp: np.ndarray, entropy: np.ndarray):
         self.position, self.logp, self.entropy = position, logp, entropy
         self.vocab_size = logp.shape[1]
         self.learned = np.empty(logp.shape)
@@ -2680,7 +2724,7 @@ class Mixer:
 
     guarded = False  # by `guard`
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config):
         self.config = config
 
     def counts(self, tokens: Tensor, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
@@ -2713,7 +2757,7 @@ class BackoffNgramMixer(Mixer):
     entropy_edges = (1.0, 2.0, 3.0, 4.0, 5.0)
     novelty_bins = len(novelty_edges) + 2  # one more where T = C, one where T = 1
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config):
         super().__init__(config)
         shape = (config.ngram_order, (len(self.count_edges) + 1) * self.novelty_bins, len(self.entropy_edges) + 1)
         self.reached = np.full(shape, 1.1)  # targets that no higher order explained, and a prior
@@ -2785,7 +2829,7 @@ class HedgeMixer(Mixer):
 
     min_tokens = 10_000
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config):
         super().__init__(config)
         self.log_weight = np.array([2.0, 0.0, 0.0, 0.0, 0.0])
 
@@ -2978,7 +3022,7 @@ def iter_hashed_counts(
         yield NgramCounts(*counts)
 
 
-# 10. Machinery ------------------------
+# 10. Machinery ----
 # In: what is to be written, agreed on or survived. Out: the same answer on every rank, log lines, files that are whole
 # or absent, and runs that go on where they stopped. One rank is a world without communication.
 class Runtime:
@@ -3012,7 +3056,7 @@ class Runtime:
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
         rank = environ.get("RANK", "") if environ.get("WORLD_SIZE", "1") != "1" else ""
-        when, line = time.time(), f"error: rank {rank}: {text}" if rank else f"error: {text}"
+        when, line = datetime.datetime.now().timestamp(), f"error: rank {rank}: {text}" if rank else f"error: {text}"
         if rank not in ("", "0"):  # what every rank finds is for rank 0 to say: its launcher then ends the others
             time.sleep(2.0)
         sys.stderr.write(line + "\n")
@@ -3114,16 +3158,16 @@ class Runtime:
 
     def from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
-        carrier = torch.tensor(values, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.broadcast(carrier, src=0, group=self.control_group)
-        return carrier.tolist()
+        return self.agree(partial(dist.broadcast, src=0), values)
 
     def largest(self, *values: float) -> list[float]:
         """The largest over all ranks of each number."""
+        return self.agree(partial(dist.all_reduce, op=dist.ReduceOp.MAX), values)
+
+    def agree(self, collective: Callable[..., Any], values: Sequence[float]) -> list[float]:
         carrier = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(carrier, dist.ReduceOp.MAX, group=self.control_group)
+            collective(carrier, group=self.control_group)
         return carrier.tolist()
 
     def bytes_from_main(self, content: bytes) -> bytes:
@@ -3153,7 +3197,7 @@ class Runtime:
         return dict(
             python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
             world_size=self.world_size, device=self.device.type, hardware=name, threads=torch.get_num_threads(),
-        )  # fmt: skip
+        )
 
     def peak_memory(self) -> tuple[str, State]:
         """The log's line, and the same for machines."""
@@ -3213,7 +3257,7 @@ def cpu_name() -> str:
     with suppress(OSError):
         if named := re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M):
             return named[1].strip()
-    return platform.processor() or platform.machine()
+    return platform.machine()
 
 
 class RunLog:
@@ -3269,9 +3313,8 @@ class RunLog:
     def tell(self, event: str, **fields: Any) -> None:
         """One event as JSON alone."""
         if self.active:
-            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-            record = {"event": event, "time": now.replace("+00:00", "Z"), **fields}
-            self._write(self.json_file, json.dumps(record) + "\n")
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            self._write(self.json_file, json.dumps({"event": event, "time": now, **fields}) + "\n")
 
     def progress(self, done: int, total: int, text: str) -> None:
         if self.active:

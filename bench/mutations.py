@@ -62,7 +62,7 @@ SECTIONS = {
     ),
     "scoring": (
         "Windows plan_windows TokenScores Score score_of sample_targets WindowScorer score_stream "
-        "TestTimeTrainer score_then_adapt",
+        "ChunkTrainer score_then_adapt",
         "test_scoring test_golden_scoring test_ttt",
     ),
     "mixing": (

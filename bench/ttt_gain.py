@@ -2,12 +2,13 @@
 
     python bench/ttt_gain.py --artifact FILE --data DIR --tokenizer FILE [--checkpoint FILE] [--targets 65536]
     python bench/ttt_gain.py ... --setting "faster: TTT_LR=0.01" --setting "TTT_EPOCHS=1"
+    python bench/ttt_gain.py ... --documents
 
 Each row scores the first targets by a sliding window, then by score-first test-time training with the settings of the
-artifact's config, chunks of 8,192 targets and 8 sequences an update, but for those named. With the last checkpoint of
-the run that made the artifact the first row is also tried on the weights after the last step (raw), on their average,
-and on the average rounded as in pull request 1081, whose scales have a floor of 1/31 (floor): what rounding has taken
-may be what training gives back.
+artifact's config, chunks of 8,192 targets and 8 sequences an update of the whole model, but for those named; with
+--documents the study is one of training by document. With the last checkpoint of the run that made the artifact the
+first row is also tried on the weights after the last step (raw), on their average, and on the average rounded as in
+pull request 1081, whose scales have a floor of 1/31 (floor): what rounding has taken may be what training gives back.
 A row at a time is printed; the last line is JSON.
 """
 
@@ -33,6 +34,14 @@ SETTINGS = (
     "AdamW, rate 3e-4: TTT_OPTIMIZER=adamw TTT_LR=3e-4",
     "AdamW, rate 1e-3, 1 epoch: TTT_OPTIMIZER=adamw TTT_LR=1e-3 TTT_EPOCHS=1",
 )  # fmt: skip
+RANK_RATE_CHUNK = (
+    (8, 0.001, 128), (8, 0.002, 128), (64, 0.0005, 128), (64, 0.001, 128), (64, 0.002, 128), (128, 0.0007, 128),
+    (64, 0.001, 256), (64, 0.001, 64),
+)  # fmt: skip
+BY_DOCUMENT = (
+    "whole model, 1 epoch: TTT_LR=0.002 TTT_EPOCHS=1",
+    *(f"rank {r}, rate {lr}, chunk {n}: TTT_RANK={r} TTT_LR={lr} TTT_CHUNK_TOKENS={n}" for r, lr, n in RANK_RATE_CHUNK),
+)
 
 
 def floored(weight: torch.Tensor) -> torch.Tensor:
@@ -67,6 +76,7 @@ def main() -> int:
     parser.add_argument("--targets", type=int, default=65_536)
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--stride", type=int, default=128)
+    parser.add_argument("--documents", action="store_true", help="the study of training by document")
     parser.add_argument("--setting", action="append", help="name: A=1 B=2 (default: those of the study)")
     args = parser.parse_args()
     try:
@@ -80,10 +90,10 @@ def study(args: argparse.Namespace) -> int:
     own = {name.upper(): train_gpt.as_variable(value) for name, value in dataclasses.asdict(stored).items()}
     own |= dict(
         DATA_PATH=args.data, TOKENIZER_PATH=args.tokenizer, VAL_TOKENS=str(args.targets), EVAL_STRIDE=str(args.stride),
-        TTT_ENABLED="1", MIXER="none", TTT_CHUNK_TOKENS="8192", TTT_BATCH_SEQS="8",
+        TTT_ENABLED="1", TTT_RANK="0", MIXER="none", TTT_CHUNK_TOKENS="8192", TTT_BATCH_SEQS="8",
     )  # fmt: skip
     configs = {}
-    for text in args.setting or SETTINGS:
+    for text in args.setting or (BY_DOCUMENT if args.documents else SETTINGS):
         variant = parse_variant(text, "--setting")
         configs[variant.name] = train_gpt.Config.from_env(own | dict(variant.settings))
     config = next(iter(configs.values()))

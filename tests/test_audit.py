@@ -114,7 +114,7 @@ class TrainingLoop:
         chunk = config.ttt_chunk_tokens
         windows = train_gpt.plan_windows(stream.num_targets, config.eval_seq_len, config.eval_stride, chunk)
         scorer = train_gpt.WindowScorer(self.model, config, runtime, tokens)
-        trainer = train_gpt.TestTimeTrainer(self.model, config, runtime, stream)  # pyright: ignore[reportArgumentType]
+        trainer = train_gpt.ChunkTrainer(self.model, config, runtime, stream)  # pyright: ignore[reportArgumentType]
         ends, parts = np.cumsum(windows.tails), []
         for start in range(0, stream.num_targets, chunk):
             targets = range(start, min(start + chunk, stream.num_targets))

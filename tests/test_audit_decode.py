@@ -203,12 +203,12 @@ def test_ttt_that_looks_ahead_is_flagged(
     model: train_gpt.GPT, config: train_gpt.Config, source: audit_decode.Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training on a chunk before it is scored: what the stream scored is not what the decoder can predict."""
-    honest = train_gpt.TestTimeTrainer.train_on
+    honest = train_gpt.ChunkTrainer.train_on
 
     def train_on(self: Any, scorer: Any, targets: range, lr: float) -> None:
         honest(self, scorer, range(targets.start, min(targets.stop + 50, source.tokens.size - 1)), lr)
 
-    monkeypatch.setattr(train_gpt.TestTimeTrainer, "train_on", train_on)
+    monkeypatch.setattr(train_gpt.ChunkTrainer, "train_on", train_on)
     known = source.stretch(dataclasses.replace(config, mixer="none", ttt_lr=0.01), 0.5, 60)
     scored = -audit_decode.own_scores(model, known, source.tokens)[known.start : known.stop]
     _, nats = audit_decode.encode(model, known, source.tokens)

@@ -105,10 +105,11 @@ def test_honest_only_where_the_run_writes_its_distributions_down(
 ) -> None:
     honest = train_gpt.WindowScorer.finish
 
-    def finish(self: train_gpt.WindowScorer, logp: np.ndarray, entropy: np.ndarray) -> train_gpt.TokenScores:
-        boosted = logp * 0.9
-        boosted[self.samples] = logp[self.samples]
-        return honest(self, boosted, entropy)
+    def finish(self: train_gpt.WindowScorer) -> train_gpt.TokenScores:
+        scores = honest(self)
+        boosted = scores.logp * 0.9
+        boosted[self.samples] = scores.logp[self.samples]
+        return scores._replace(logp=boosted)
 
     monkeypatch.setattr(train_gpt.WindowScorer, "finish", finish)
     assert audit.NORMALISED in on_short_streams()
@@ -194,13 +195,13 @@ def test_odds_of_the_end_that_every_future_confirms(
 def test_ttt_that_looks_ahead(on_long_streams: Callable[..., set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """What it trains on after a chunk lies 5,000 targets further on."""
     ahead = 5_000
-    honest = train_gpt.TestTimeTrainer.train_on
+    honest = train_gpt.ChunkTrainer.train_on
 
     def train_on(self: Any, scorer: Any, targets: range, lr: float) -> None:
         last = len(scorer.tokens) - 1
         honest(self, scorer, range(min(targets.start + ahead, last), min(targets.stop + ahead, last)), lr)
 
-    monkeypatch.setattr(train_gpt.TestTimeTrainer, "train_on", train_on)
+    monkeypatch.setattr(train_gpt.ChunkTrainer, "train_on", train_on)
     assert audit.CAUSAL in on_long_streams((), True)
 
 

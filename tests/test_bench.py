@@ -152,7 +152,7 @@ def test_every_job_names_a_script_that_is_there():
         assert {job.script for job in jobs} <= scripts
     shared = {"common", "golden", "run_all", "tiny"}
     studies = {"fault_campaign", "gpu_check", "mixing_quality", "mutations", "packing", "quantization"}
-    studies |= {"lemmatizer", "ttt_gain", "ttt_documents"}  # which take their own time, as those above
+    studies |= {"lemmatizer", "ttt_gain"}  # which take their own time, as those above
     assert scripts - shared - studies == {job.script for job in run_all.JOBS["cpu"]}
 
 

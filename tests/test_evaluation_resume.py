@@ -16,7 +16,7 @@ from support import VAL_TARGETS, Run, event, events_of, read_events, tiny_enviro
 from test_restarts import start
 
 import train_gpt
-from train_gpt import TestTimeTrainer, WindowScorer
+from train_gpt import ChunkTrainer, WindowScorer
 
 SETTINGS = dict(TTT_ENABLED=1, TTT_CHUNK_TOKENS=400, TTT_EPOCHS=1, MIXER="backoff", EVAL_STRIDE=16, RESUME="auto")
 STAGES = ("score_stream", "score_stream", "score_then_adapt", "log_mixed")  # the functions of the four stages
@@ -202,7 +202,7 @@ def test_ttt_restores_weights_gradients_and_flags(monkeypatch, fails):
     config = train_gpt.dataclasses.replace(CONFIG, polyak_decay=0.9)
     runtime = train_gpt.Runtime(config, {})
     if fails:
-        owner = TestTimeTrainer if fails == "train_on" else WindowScorer
+        owner = ChunkTrainer if fails == "train_on" else WindowScorer
         original, count = getattr(owner, fails), []
 
         def failing(*arguments: Any) -> Any:

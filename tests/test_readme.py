@@ -189,9 +189,22 @@ def test_readme_is_short():
     assert len(README.splitlines()) < 150
 
 
+def names_in(text):
+    return set(re.findall(r"(?<![\w/.-])([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|[A-Z][A-Z0-9]+(?==))(?![\w.])", text))
+
+
+def test_variables_of_other_submissions_are_none_of_ours_and_what_takes_their_place_is():
+    _, _, table = PAGES["docs/recipes.md"].partition("| there | here |")
+    fields = {name.upper() for name in train_gpt.Config.__annotations__}
+    theirs, ours = zip(*(map(names_in, row.strip("|").split("|")) for row in table.splitlines() if "_" in row))
+    assert not set.union(*theirs) & fields
+    assert set.union(*ours) <= fields
+    assert len(set.union(*theirs)) > 15
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_named_are_settings(page):
-    named = set(re.findall(r"(?<![\w/.-])([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|[A-Z][A-Z0-9]+(?==))(?![\w.])", PAGES[page]))
+    named = names_in(PAGES[page].partition("| there | here |")[0])
     fields = {name.upper() for name in train_gpt.Config.__annotations__}
     assert named <= fields | OTHER_NAMES | set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.MULTILINE))
     if page in ("README.md", "docs/recipes.md", "docs/one_gpu.md"):

@@ -152,22 +152,3 @@ def test_other_arguments_are_refused(arguments, capsys):
     assert streams.err.count("\n") == 1
     assert arguments[0] in streams.err
     assert "environment variables" in streams.err
-
-
-@pytest.mark.parametrize(
-    ("variable", "instead"),
-    [("SWA_ENABLED", "WEIGHT_AVERAGE"), ("VAL_BATCH_SIZE", "EVAL_BATCH_SEQS"), ("QAT_ENABLED", "QAT_BITS"),
-     ("MUON_BACKEND_STEPS", "MUON_STEPS"), ("GATED_ATTENTION", ""), ("swa_enabled", "WEIGHT_AVERAGE")],
-)  # fmt: skip
-def test_variables_of_other_submissions_are_answered_with_what_takes_their_place(variable, instead):
-    with pytest.raises(train_gpt.ConfigError) as caught:
-        train_gpt.Config.from_env({variable: "1"})
-    assert f"{variable}='1'" in str(caught.value)
-    assert instead in str(caught.value)
-    assert "SWARM_ENABLED" not in str(caught.value)
-
-
-def test_what_stands_in_the_place_of_a_foreign_variable_exists():
-    fields = {name.upper() for name in train_gpt.Config.__annotations__}
-    assert {name for name in train_gpt.FOREIGN.values() if name} <= fields
-    assert not set(train_gpt.FOREIGN) & fields

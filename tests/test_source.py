@@ -63,7 +63,7 @@ def test_only_main_hands_out_the_environment_and_only_config_and_runtime_take_it
             assert name not in ("os.getenv", "os.putenv", "os.environb", "environ", "getenv") or owner in (
                 "Config",
                 "Runtime",
-                "_reject_foreign",  # of Config
+                "reject_typos",  # of Config
             ), f"line {node.lineno} reads the environment in {owner or 'the module'}"
             assert name != "os.environ" or owner == "main", f"line {node.lineno}: {owner or 'module'} uses os.environ"
         if isinstance(node, ast.Call) and owner == "main":

@@ -401,8 +401,8 @@ LINES = [
     r"evaluation_projected total:\d+\.\ds budget:600\.0s",
     rf"final_int6_sliding_window val_loss:{NUMBER} val_bpb:{NUMBER} stride:8 eval_time:\d+ms",
     rf"final_int6_sliding_window_exact val_loss:{EXACT} val_bpb:{EXACT} stride:8",
-    rf"legal_ttt val_loss:{NUMBER} val_bpb:{NUMBER} epochs:3 chunk:32768 eval_time:\d+ms",
-    rf"legal_ttt_exact val_loss:{EXACT} val_bpb:{EXACT} epochs:3 chunk:32768",
+    rf"legal_ttt val_loss:{NUMBER} val_bpb:{NUMBER} rank:0 chunk:32768 eval_time:\d+ms",
+    rf"legal_ttt_exact val_loss:{EXACT} val_bpb:{EXACT} rank:0 chunk:32768",
     r"evaluation total:\d+\.\ds budget:600\.0s",
     rf"final_int8_zlib_roundtrip_exact val_loss:{EXACT} val_bpb:{EXACT} valid:True",
 ]

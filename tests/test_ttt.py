@@ -27,7 +27,7 @@ from ranks import call_in_ranks
 from torch import Tensor
 
 import train_gpt
-from train_gpt import GPT, Config, ConfigError, Runtime, TestTimeTrainer, TokenScores
+from train_gpt import GPT, ChunkTrainer, Config, ConfigError, Runtime, TokenScores
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -70,15 +70,15 @@ STREAM = make_stream(make_tokens(), np.random.default_rng(1).integers(0, 6, NUM_
 def adapt(config: Config, model: GPT | None = None, stream: Any = STREAM) -> tuple[TokenScores, dict[str, Tensor]]:
     """The scores, and the weights as they were when the last chunk was scored."""
     model = lively_model(config) if model is None else model
-    trainers: list[TestTimeTrainer] = []
+    trainers: list[ChunkTrainer] = []
 
-    class Remembered(TestTimeTrainer):
+    class Remembered(ChunkTrainer):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             trainers.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "TestTimeTrainer", Remembered)
+        patch.setattr(train_gpt, "ChunkTrainer", Remembered)
         scores = train_gpt.score_then_adapt(model, config, Runtime(config, {}), stream)
     return scores, trainers[0].model.state_dict()
 
@@ -114,7 +114,7 @@ def golden_run(request: pytest.FixtureRequest) -> dict[str, Any]:
     model.load_state_dict(before)
     with pytest.MonkeyPatch.context() as patch:
         # It froze the gains of the first two blocks alone: their matrices, which lie in the banks, went on moving.
-        patch.setattr(TestTimeTrainer, "_zero_frozen_slices", lambda _: None)
+        patch.setattr(ChunkTrainer, "_zero_frozen_slices", lambda _: None)
         scores, after = adapt(config, model, golden_stream())
     moved = {name: (after[name] - before[name]).double() for name in before}
     recorded = json.loads((GOLDEN / "ttt.json").read_text())[request.param]
@@ -206,7 +206,7 @@ def plain_train(model: GPT, optimizer: torch.optim.Optimizer, config: Config, ch
 def plain_loop(config: Config) -> np.ndarray:
     """Score-first TTT in the plainest way: log-probabilities of all targets."""
     model = lively_model(config)
-    trainer = TestTimeTrainer(copy.deepcopy(model), config, Runtime(config, {}), STREAM)
+    trainer = ChunkTrainer(copy.deepcopy(model), config, Runtime(config, {}), STREAM)
     trained = [model.get_parameter(name) for name, p in trainer.model.named_parameters() if p.requires_grad]
     sgd = config.ttt_optimizer == "sgd"
     optimizer = (
@@ -272,9 +272,9 @@ def test_repeated_text_is_learned(default_scores: TokenScores) -> None:
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 
-def trainer_of(**options: Any) -> TestTimeTrainer:
+def trainer_of(**options: Any) -> ChunkTrainer:
     config = dataclasses.replace(CONFIG, **options).validate()
-    return TestTimeTrainer(lively_model(config), config, Runtime(config, {}), STREAM)
+    return ChunkTrainer(lively_model(config), config, Runtime(config, {}), STREAM)
 
 
 def test_learning_rate_is_a_cosine_times_a_ramp() -> None:
@@ -407,7 +407,7 @@ def recorded_calls(owner: type, name: str, note: Callable[..., Any]) -> Iterator
 
 
 def test_every_chunk_but_the_last_is_trained_on_once() -> None:
-    with recorded_calls(TestTimeTrainer, "train_on", lambda _, targets, lr: (targets, lr)) as rounds:
+    with recorded_calls(ChunkTrainer, "train_on", lambda _, targets, lr: (targets, lr)) as rounds:
         adapt(CONFIG)
     assert [(targets.start, targets.stop) for targets, _ in rounds] == CHUNKS[:-1]
     assert [lr for _, lr in rounds] == pytest.approx([0.05 * (1 + math.cos(math.pi * c / 4)) / 2 for c in range(4)])
@@ -415,7 +415,7 @@ def test_every_chunk_but_the_last_is_trained_on_once() -> None:
 
 def test_sequences_are_whole_and_inside_their_chunk() -> None:
     config = dataclasses.replace(CONFIG, ttt_chunk_tokens=70)  # 22 targets of a chunk are left over
-    with recorded_calls(TestTimeTrainer, "_step", lambda _, starts, length: (starts.tolist(), length)) as steps:
+    with recorded_calls(ChunkTrainer, "_step", lambda _, starts, length: (starts.tolist(), length)) as steps:
         adapt(config)
     assert steps == [([start, start + 24], 24) for start in (0, 70, 140, 210) for _ in range(config.ttt_epochs)]
 
@@ -423,7 +423,7 @@ def test_sequences_are_whole_and_inside_their_chunk() -> None:
 def test_scoring_comes_before_training() -> None:
     events: list[tuple[str, int, int]] = []
     with (
-        recorded_calls(TestTimeTrainer, "train_on", lambda _, t, __: events.append(("train", t.start, t.stop))),
+        recorded_calls(ChunkTrainer, "train_on", lambda _, t, __: events.append(("train", t.start, t.stop))),
         recorded_calls(train_gpt.WindowScorer, "score_all", lambda w, a, b: events.append(scored(w, a, b))),
     ):
         adapt(CONFIG)

@@ -274,8 +274,8 @@ def shorten(config: train_gpt.Config, num_targets: int) -> train_gpt.Config:
     per_target = config.ngram_buckets / VALIDATION_TARGETS
     buckets = 2 ** max(0, round(math.log2(per_target * num_targets)))
     return dataclasses.replace(
-        config, eval_seq_len=24, eval_stride=7, eval_batch_seqs=4, ttt_chunk_tokens=50, ttt_batch_seqs=2,
-        ngram_block=MIX_BLOCK, ngram_buckets=buckets, compile=False, eval_only=False,
+        config, eval_seq_len=24, eval_stride=7, eval_batch_seqs=4, ttt_chunk_tokens=5 if config.ttt_rank else 50,
+        ttt_batch_seqs=2, ngram_block=MIX_BLOCK, ngram_buckets=buckets, compile=False, eval_only=False,
     ).validate()  # fmt: skip
 
 
@@ -524,36 +524,55 @@ def check_interviews(report: Report, stage: Stage, interviews: Callable[[], Iter
 @contextlib.contextmanager
 def watched_training(keep: Callable[[range], bool]) -> Iterator[list[range]]:
     """Record the targets of every round of test-time training; rounds that `keep` refuses are left out."""
-    original, seen = train_gpt.TestTimeTrainer.train_on, []
+    original, step, seen = train_gpt.ChunkTrainer.train_on, train_gpt.DocumentTrainer.learn, []
 
-    def train_on(self: train_gpt.TestTimeTrainer, scorer: Any, targets: range, lr: float) -> None:
+    def train_on(self: train_gpt.ChunkTrainer, scorer: Any, targets: range, lr: float) -> None:
         seen.append(targets)
         if keep(targets):
             original(self, scorer, targets, lr)
 
-    with mock.patch.object(train_gpt.TestTimeTrainer, "train_on", train_on):
+    def learn(self: train_gpt.DocumentTrainer, logp: torch.Tensor) -> None:
+        targets = range(kept.stop - len(logp), kept.stop)  # they end with those scored last
+        seen.append(targets)
+        if keep(targets):
+            step(self, logp)
+
+    def note(self: train_gpt.WindowScorer, first: int, logp: torch.Tensor, *rest: Any) -> None:
+        nonlocal kept
+        kept = range(first, first + len(logp))
+        take(self, first, logp, *rest)
+
+    kept, take = range(0), train_gpt.WindowScorer.keep
+    with (
+        mock.patch.object(train_gpt.ChunkTrainer, "train_on", train_on),
+        mock.patch.object(train_gpt.DocumentTrainer, "learn", learn),
+        mock.patch.object(train_gpt.WindowScorer, "keep", note),
+    ):
         yield seen
 
 
 def check_training_order(stage: Stage, tokens: np.ndarray, chunk: int) -> Verdict:
-    """Training on targets a … b-1 may only touch scores from b on, and the last chunk is never trained on."""
+    """Training on targets up to b-1 may only touch scores from b on, and the last chunk is never trained on.
+
+    `chunk` is 0 where documents are trained on by themselves: the last step of each then touches nothing.
+    """
     with watched_training(lambda _: True) as rounds:
         reported = stage.score(tokens)
     num_targets = len(tokens) - 1
-    last_start = (num_targets - 1) // chunk * chunk
+    last_start = (num_targets - 1) // chunk * chunk if chunk else num_targets
     late = [targets for targets in rounds if targets.stop > last_start]
     if late:
         return False, f"trains on targets {late[0].start}…{late[0].stop - 1}, the last chunk begins at {last_start}"
-    acts = 0
-    for start in sorted({targets.start for targets in rounds}):
-        stop = min(targets.stop for targets in rounds if targets.start == start)
-        with watched_training(lambda targets, start=start: targets.start < start):
+    acts, stops = 0, sorted({targets.stop for targets in rounds})
+    tried = stops[:: -(-len(stops) // MOST_ROUNDS) or 1]
+    for stop in tried:
+        with watched_training(lambda targets, stop=stop: targets.stop < stop):
             without = stage.score(tokens)
         differs = first_difference(reported, without, stop)
         if differs is not None:
-            return False, f"target {differs} was scored after training on targets {start}…{stop - 1}"
+            return False, f"target {differs} was scored after training on targets up to {stop - 1}"
         acts += first_difference(reported, without, num_targets) is not None
-    return True, f"{len(rounds)} rounds of training, {acts} of them change later scores and none an earlier one"
+    return True, f"{len(tried)} rounds of training left out, {acts} change later scores and none an earlier one"
 
 
 def check_lengths(stage: Stage, tokens: np.ndarray, lengths: Sequence[int]) -> Verdict:
@@ -588,6 +607,23 @@ def check_single_pass(score: Score, tokens: np.ndarray, lengths: Sequence[int]) 
         if not np.array_equal(order, tokens[1 : count + 1]):
             return False, f"{count} targets, not scored in their order"
     return True, f"{len(lengths)} lengths, every target once and in order"
+
+
+def check_kept_once(score: Score, tokens: np.ndarray, lengths: Sequence[int]) -> Verdict:
+    """Where windows reach beyond a document's end: of what the model answers, each target's score is kept once."""
+    original, kept = train_gpt.WindowScorer.keep, []
+
+    def keep(self: train_gpt.WindowScorer, first: int, logp: torch.Tensor, *rest: Any) -> None:
+        kept.extend(range(first, first + len(logp)))
+        original(self, first, logp, *rest)
+
+    for count in lengths:
+        kept.clear()
+        with mock.patch.object(train_gpt.WindowScorer, "keep", keep):
+            score(tokens[: count + 1])
+        if sorted(kept) != [*range(count)]:
+            return False, f"{len(kept)} scores kept, of {len({*kept})} targets out of {count}"
+    return True, f"{len(lengths)} lengths, one score kept of every target"
 
 
 def check_summary(logp: np.ndarray, stream: Any) -> Verdict:
@@ -905,6 +941,7 @@ def check_same_artifact(first: bytes, second: bytes) -> Verdict:
 STREAM_TARGETS = 181  # four chunks of 50, the last one short; an audit adds up to 20, drawn
 DECODED = 0.58, 24  # from target 289 on: across the border of two chunks at 300
 LONG_TARGETS = 100_000  # of streams for the mixers; Hedge learns from 10,000 on
+MOST_ROUNDS = 24  # of test-time training that are left out, each in a pass of its own
 SMALL_TARGETS = 2400  # least targets of the split for the real command
 SHORTEST, LONGEST_SHORT = 6, 60  # targets of short streams
 QUICK_POSITIONS = 24  # drawn targets of an artifact's stages that train, where that is to be quick
@@ -980,7 +1017,7 @@ def audit_stages(
         check_interviews(report, stage, interviews)
     for stage in stages:
         if stage.name.endswith("ttt"):
-            test = functools.partial(check_training_order, stage, tokens, chunk)
+            test = functools.partial(check_training_order, stage, tokens, 0 if config.ttt_rank else chunk)
             report.add("training after scoring", SCORE_FIRST, stage.name, test)
     for stage in stages:
         report.add("awkward lengths", SINGLE_PASS, stage.name, functools.partial(check_lengths, stage, tokens, lengths))
@@ -994,7 +1031,9 @@ def audit_coverage(
     for stride, ttt in itertools.product(effort.strides, (False, True) if config.ttt_enabled else (False,)):
         neural = Neural(model, dataclasses.replace(config, eval_stride=stride), ttt)
         name = f"{'ttt' if ttt else 'sliding'}, stride {stride}"
-        report.add("every target once", SINGLE_PASS, name, lambda n=neural: check_single_pass(n.run, tokens, lengths))
+        check = check_kept_once if ttt and config.ttt_rank else check_single_pass
+        test = functools.partial(check, neural.run, tokens, lengths)
+        report.add("every target once", SINGLE_PASS, name, test)
 
 
 def audit_long_streams(report: Report, model: train_gpt.GPT, recipe: train_gpt.Config, effort: Effort) -> None:
@@ -1005,7 +1044,7 @@ def audit_long_streams(report: Report, model: train_gpt.GPT, recipe: train_gpt.C
     rng = report.rng(4)
     config = dataclasses.replace(
         shorten(recipe, LONG_TARGETS), eval_stride=24, eval_batch_seqs=64, ngram_block=recipe.ngram_block,
-        ttt_chunk_tokens=int(rng.integers(400, 600)), ttt_batch_seqs=32,
+        ttt_chunk_tokens=24 if recipe.ttt_rank else int(rng.integers(400, 600)), ttt_batch_seqs=32,
     )  # fmt: skip
 
     def check(stages: list[Stage], num_targets: int) -> np.ndarray:
@@ -1254,7 +1293,8 @@ def audit_artifact(report: Report, recipe: train_gpt.Config, arguments: argparse
 
         check_interviews(report, stage, interviews)
         if stage.name.endswith("ttt"):
-            test = functools.partial(check_training_order, stage, tokens, config.ttt_chunk_tokens)
+            chunk = 0 if config.ttt_rank else config.ttt_chunk_tokens
+            test = functools.partial(check_training_order, stage, tokens, chunk)
             report.add("training after scoring", SCORE_FIRST, stage.name, test)
     if given:
         audit_run_shape(report, given, model, effort)

@@ -92,20 +92,21 @@ class Walk:
         self.entropy = np.zeros(known.num_targets, dtype=np.float32)
         self.mixture: Mixture | None = None
         self.stream = torch.zeros(0)  # the scorer's own copy of the tokens, once it has made it
+        self.starts = np.zeros(0, dtype=np.int64)  # of the windows that it has asked about last
 
     def run(self) -> np.ndarray:
         """The tokens (count,) of the stretch. Raises DecodingError."""
-        config, scorer_score = self.given.config, train_gpt.WindowScorer.score_all
-        token_scores, train_on = train_gpt.GPT.token_scores, train_gpt.TestTimeTrainer.train_on
+        config, scorer_sequences = self.given.config, train_gpt.WindowScorer.sequences
+        token_scores, train_on = train_gpt.GPT.token_scores, train_gpt.ChunkTrainer.train_on
 
-        def score(scorer: train_gpt.WindowScorer, windows: Any, first: int, stop: int) -> list[np.ndarray]:
-            self.stream = scorer.tokens
-            return scorer_score(scorer, windows, first, stop)
+        def sequences(scorer: train_gpt.WindowScorer, starts: np.ndarray, length: int) -> Any:
+            self.stream, self.starts = scorer.tokens, starts
+            return scorer_sequences(scorer, starts, length)
 
         def answer(model: train_gpt.GPT, *asked: Any) -> Answer:
             return self.answer(functools.partial(token_scores, model), *asked)
 
-        def train(trainer: train_gpt.TestTimeTrainer, scorer: Any, targets: range, lr: float) -> None:
+        def train(trainer: train_gpt.ChunkTrainer, scorer: Any, targets: range, lr: float) -> None:
             if config.ttt_byte_weighted and targets.stop > self.given.start:
                 weights = self.given.target_bytes(self.tokens[: targets.stop + 1])[targets.start :]
                 trainer.weights[targets.start : targets.stop] = torch.from_numpy(weights.astype(np.float32))
@@ -113,9 +114,9 @@ class Walk:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.suppress(Complete))
-            stack.enter_context(mock.patch.object(train_gpt.WindowScorer, "score_all", score))
+            stack.enter_context(mock.patch.object(train_gpt.WindowScorer, "sequences", sequences))
             stack.enter_context(mock.patch.object(train_gpt.GPT, "token_scores", answer))
-            stack.enter_context(mock.patch.object(train_gpt.TestTimeTrainer, "train_on", train))
+            stack.enter_context(mock.patch.object(train_gpt.ChunkTrainer, "train_on", train))
             neural_scores(self.model, config, self.tokens, self.given.target_bytes(self.tokens))
         if self.known < self.given.stop:
             raise DecodingError(f"the run's scorer never asked about target {self.known}, so it cannot be decoded")
@@ -124,29 +125,41 @@ class Walk:
     def answer(
         self, ask: Callable[..., Answer], ids: torch.Tensor, targets: torch.Tensor, tail: int, *rest: Any
     ) -> Answer:
-        """In the place of `GPT.token_scores`: find those of the last `tail` targets (B, tail) that are not known."""
+        """In the place of `GPT.token_scores`: find those of the targets that are scored which are not known.
+
+        These are the last `tail` ones of each row or, where a document is by itself, its next ones up to its end.
+        """
         answer = ask(ids, targets, tail, *rest)
-        first, rows, length = self.scored, *ids.shape
-        self.scored += rows * tail
+        first, by_document = self.scored, self.given.config.ttt_rank > 0
+        before = first - int(self.starts[0]) if by_document else 0  # columns of the answer ahead of target `first`
+        self.scored += self.given.config.ttt_chunk_tokens if by_document else ids.size(0) * tail
+        if by_document:
+            self.scored = min(self.scored, self.given.num_targets)
+            ends = np.flatnonzero(self.tokens[first + 1 : self.scored + 1] == train_gpt.BOS_ID)
+            self.scored = first + 1 + int(ends[0]) if len(ends) else self.scored
         for kept, column in zip((self.logp, self.entropy), answer):
             fresh = kept[first : min(self.scored, self.known)]
-            fresh[:] = column.flatten()[: len(fresh)].float().cpu().numpy()
+            fresh[:] = column.detach().flatten()[before : before + len(fresh)].float().cpu().numpy()
         if self.scored <= self.known:
             return answer
-        window_ends = first + tail * torch.arange(1, rows + 1)
-        position = (window_ends[:, None] - length + torch.arange(length)).to(ids.device)  # target of each column
+        position = torch.from_numpy(self.starts)[:, None] + torch.arange(ids.size(1))  # target of each column
+        position = position.to(ids.device)
         for target in range(max(first, self.known), self.scored):
-            row, column = divmod(target - first, tail)
+            row, column = divmod(target - first + before, tail)
             # A batch of another shape rounds otherwise; only in fp32 on a CPU does the row alone give the same to 1e-6.
             whole = self.model.dtype == torch.bfloat16 or ids.is_cuda
             part, place = (slice(None), (row, column)) if whole else (slice(row, row + 1), (0, column))
-            _, entropy, every = ask(ids[part], targets[part], tail, *rest)
+            with torch.no_grad():
+                _, entropy, every = ask(ids[part], targets[part], tail, *rest)
             token = self.find(target, every[place].float().cpu().numpy(), float(entropy[place]))
             self.stream[target + 1] = token
             targets[position == target] = token
             ids[position == target + 1] = token
             if self.known == self.given.stop:
                 raise Complete
+            if by_document and token == train_gpt.BOS_ID:
+                self.scored = target + 1
+                break
         return ask(ids, targets, tail, *rest)
 
     def find(self, target: int, logp: np.ndarray, entropy: float) -> int:

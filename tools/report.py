@@ -185,22 +185,14 @@ def sweep(name: str) -> list[str]:
     return table(["variant", "bpb", "difference", "Holm p", "bytes with the code"], rows)
 
 
-def ttt() -> list[str]:
-    """What training on scored chunks gains, by settings and by the weights that it starts from."""
+def ttt(name: str) -> list[str]:
+    """What test-time training gains, by settings and by the weights that it starts from."""
     rows = [
-        [row["settings"], row["weights"], *(f"{row[name]:.4f}" for name in ("sliding", "ttt")), f"{row['gain']:+.4f}"]
-        for row in read_results("cpu-ttt_gain.json")["rows"]
-    ]
-    return table(["settings", "weights", "sliding", "with TTT", "gain"], rows)
-
-
-def ttt_documents() -> list[str]:
-    """What adapters gain that begin anew with each document."""
-    rows = []
-    for row in read_results("cpu-ttt_documents.json")["rows"]:
-        settings = [f"{row[name]:g}" for name in ("rank", "rate", "chunk", "steps", "trained_per_target")]
-        rows.append([*settings, f"{row['plain']:.4f}", f"{row['adapted']:.4f}", f"{row['gain']:+.4f}"])
-    return table(["rank", "rate", "chunk", "steps", "trained on, times", "sliding", "adapted", "gain"], rows)
+        [row["settings"], row["weights"], f"{row['sliding']:.4f}", f"{row['ttt']:.4f}", f"{row['gain']:+.4f}",
+         f"{row['seconds']:.0f}"]
+        for row in read_results(name)["rows"]
+    ]  # fmt: skip
+    return table(["settings", "weights", "sliding", "with TTT", "gain", "seconds"], rows)
 
 
 def faults() -> list[str]:
@@ -258,7 +250,7 @@ PAGES = {
     "docs/results.md": dict(
         stages=stages, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
         frontier=partial(sweep, "cpu-frontier.json"), parts=partial(sweep, "cpu-frontier_parts.json"),
-        parts_1000=partial(sweep, "cpu-frontier_1000.json"), ttt=ttt, ttt_documents=ttt_documents,
+        parts_1000=partial(sweep, "cpu-frontier_1000.json"), ttt=partial(ttt, "cpu-ttt_gain.json"),
     ),
     "docs/faults.md": dict(faults=faults),
     "docs/one_gpu.md": {"memory": memory, "step times": step_times},

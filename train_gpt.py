@@ -538,7 +538,7 @@ NOT_TRAINING = (
 
 SMALL = dict(  # for a CPU
     bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_enabled=True,
-    ttt_chunk_tokens=8192, ttt_batch_seqs=8, mixer="backoff",
+    ttt_chunk_tokens=8192, ttt_batch_seqs=8, eval_batch_seqs=8, mixer="backoff",
 )
 FRONTIER = dict(  # what later public work found; QAT clips as the full-size artifact has to, to be near its limit
     bigram_vocab_size=3072, bigram_dim=112, min_lr=0.05, muon_eq_rows=True, quantizer="gptq", clip_std=5.0,
@@ -649,7 +649,7 @@ def reject_typos(environ: Mapping[str, str], known: set[str]) -> None:
 # 3. Data ----
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation targets with
 # their bytes. Shards may be damaged, or change while a run reads them: all is checked before use.
-MOST_MICRO_BATCH_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
+MOST_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
 
@@ -721,7 +721,7 @@ class BatchPlan(NamedTuple):
         if left_over:
             fitting = max(rank_seqs, 1) * world_size * seq_len
             raise ConfigError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS={total} equally; use {fitting}")
-        largest = max(1, (config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS) // seq_len)
+        largest = max(1, (config.micro_batch_tokens or MOST_TOKENS) // seq_len)
         steps = next(n for n in range(1, rank_seqs + 1) if rank_seqs % n == 0 and rank_seqs // n <= largest)
         return cls(rank_seqs, steps)
 
@@ -3236,14 +3236,13 @@ def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
 
     What is free does not count, so that a run can be repeated.
     """
+    most, memory = 4096, 0.5 * cpu_memory() / runtime.local_world_size  # a CPU is slower with more
     if runtime.device.type == "cuda":
-        memory = 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
-    else:
-        memory = 0.5 * cpu_memory() / runtime.local_world_size
+        most, memory = MOST_TOKENS, 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
     layers = config.num_layers + len(config.repeat_layers)
     per_token = layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
     per_token += (1 + config.mtp_num_heads) * config.vocab_size * 20
-    return max(min(int(memory / per_token), MOST_MICRO_BATCH_TOKENS), config.train_seq_len)
+    return max(min(int(memory / per_token), most), config.train_seq_len)
 
 
 def cpu_memory() -> float:

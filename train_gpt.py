@@ -140,9 +140,9 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
     validation = ValidationSet(config, tokenizer)
     if validation.named_tokenizer is None:
-        log.line(f"note: {Path(config.data_path, 'manifest.json')} names no tokenizer: are the shards of this one?")
+        log.line(f"note: {config.data_path}/manifest.json names no tokenizer: are the shards of this one?")
     targets, total, digest = validation.num_targets, validation.total_bytes, validation.digest
-    log.row("validation", "partial" if validation.partial else "", targets=targets, bytes=total, digest=digest[:16])
+    log.row("validation", "partial" * validation.partial, targets=targets, bytes=total, digest=digest[:16])
     track = "adaptive" if config.ttt_enabled or config.mixer != "none" else "fixed_predictor"
     log.row("track", head=f"track:{track}", told={"track": track})
     runtime.require_same("validation shards (DATA_PATH) or tokenizers (TOKENIZER_PATH)", digest)
@@ -248,7 +248,8 @@ def evaluate(
 def projected_seconds(config: Config, num_targets: int, first_s: float) -> float:
     """Of all stages, if training on a window costs as much as scoring three, and mixing 2.5 µs a target."""
     overlap, ttt = config.eval_seq_len / config.eval_stride, config.ttt_enabled
-    trained = 3 * config.eval_seq_len / config.ttt_chunk_tokens if config.ttt_rank else overlap + 3 * config.ttt_epochs
+    windows = max(config.eval_seq_len / config.ttt_chunk_tokens, 1)
+    trained = 3 * windows if config.ttt_rank else overlap + 3 * config.ttt_epochs
     return first_s * (1 + overlap + ttt * trained) + 2.5e-6 * num_targets * (config.mixer != "none")
 
 
@@ -262,10 +263,9 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
 # 2. Config ----
 # In: environment variables. Out: one frozen object, checked before anything starts: of each setting the variable's
 # value, else the recipe's, else the default below.
-LARGE = 10**9
 
 
-def number(default: float, meaning: str, low: float = 0, high: float = LARGE) -> Any:
+def number(default: float, meaning: str, low: float = 0, high: float = 10**9) -> Any:
     return setting(default, meaning, f"a value from {low:g} to {high:g}", lambda value: low <= value <= high)
 
 
@@ -387,7 +387,7 @@ class Config:
     eval_stride: int = number(64, "new targets of a sliding window", 1)
     eval_batch_seqs: int = number(32, "windows of one forward pass", 1)
     ttt_enabled: bool = setting(False, "score-first test-time training")
-    ttt_rank: int = number(0, "of adapters that begin anew in each document; 0: trains the model", 0, 256)
+    ttt_rank: int = number(0, "of adapters, new in each document; 0: trains the model", 0, 256)
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
     ttt_lr: float = number(0.002, "its first learning rate")
     ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks")
@@ -641,7 +641,7 @@ def prepared_with(folder: str) -> dict[str, Any]:
 
 def reject_typos(environ: Mapping[str, str], known: set[str]) -> None:
     """Raises ConfigError for a variable that is nearly a field's."""
-    for name in sorted(set(environ) - known - {"COMPILER", "NUM_THREADS"}):  # near, and in ordinary use
+    for name in sorted(set(environ) - known - {"COMPILER", "NUM_THREADS", "SWA_ENABLED"}):  # near, and in use elsewhere
         if close := difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.88):
             raise ConfigError(f"{name}={environ[name]!r} is no setting; did you mean {close[0]}? Rename or unset it")
 
@@ -1559,8 +1559,6 @@ def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
 class Trainer:
     """One training run: model, data, optimizers, and what changes from step to step."""
 
-    MAX_SKIPPED_IN_A_ROW = 5
-
     config: Config
     runtime: Runtime
     log: RunLog
@@ -1741,7 +1739,7 @@ class Trainer:
         if skipped > self.skipped_reported:
             self.log.row("update_skipped", "gradient not finite", step=self.step, in_all=int(skipped))
         self.skipped_reported = skipped
-        if self.skipped_in_a_row >= self.MAX_SKIPPED_IN_A_ROW:
+        if self.skipped_in_a_row >= 5:
             self.checkpoints.finish()
             last = f"the last good checkpoint is {self.checkpoints.newest or 'none'}"
             problem = f"{self.skipped_in_a_row:.0f} updates in a row had gradients not finite, at step {self.step}"
@@ -2370,20 +2368,21 @@ def score_then_adapt(
 
 
 def adapt_by_document(model: GPT, config: Config, runtime: Runtime, validation: ValidationSet) -> TokenScores:
-    """Legal TTT that forgets: score the next TTT_CHUNK_TOKENS targets of a document, then train its adapters on all
-    that are scored in their window; each document begins with new ones (pull request 77).
+    """Legal TTT that forgets: score the next TTT_CHUNK_TOKENS targets of a document, then train its adapters on its
+    scored targets in their window; each document begins with new ones (pull request 77).
 
     A rank takes the documents that begin in its share of the stream. All windows have one length, and where a document
-    ends is looked up after its end is scored, so that a score depends on what stands before it alone, to the bit.
+    ends is looked up after its end is scored: a score depends on what stands before it alone.
     """
     tokens, num_targets, length = validation.tokens, validation.num_targets, config.eval_seq_len
-    chunk_tokens = min(config.ttt_chunk_tokens, length)
+    chunk_tokens, share = min(config.ttt_chunk_tokens, length), runtime.share(num_targets)
     trainer = DocumentTrainer(model, config)
     scorer = WindowScorer(trainer.model, config, runtime, tokens, config.ttt_temperature)
-    for begin in (target for target in runtime.share(num_targets) if target == 0 or tokens[target] == BOS_ID):
+    first = next((target for target in share if target == 0 or tokens[target] == BOS_ID), num_targets)
+    while first < share.stop:  # a document begins where the last one ended
         trainer.begin()
-        first = begin
-        while first == begin or (first < num_targets and tokens[first] != BOS_ID):
+        begin, more = first, True
+        while more:
             stop = first + chunk_tokens
             start = max(stop - length, 0)
             ids, targets = scorer.sequences(np.array([start]), length)
@@ -2391,7 +2390,9 @@ def adapt_by_document(model: GPT, config: Config, runtime: Runtime, validation: 
             ends = first + 1 + np.flatnonzero(tokens[first + 1 : stop + 1] == BOS_ID)
             stop = int(min(stop, num_targets, *ends))
             scorer.keep(first, *(each[first - start : stop - start].detach() for each in answer))
-            trainer.learn(answer[0][max(begin - start, 0) : stop - start])
+            more = stop < num_targets and tokens[stop] != BOS_ID
+            if more:
+                trainer.learn(answer[0][max(begin - start, 0) : stop - start])
             first = stop
     runtime.all_reduce_sum(scorer.scores)
     return scorer.finish()
@@ -2400,7 +2401,7 @@ def adapt_by_document(model: GPT, config: Config, runtime: Runtime, validation: 
 class DocumentTrainer:
     """Low-rank adapters (arXiv 2106.09685) beside the banks of a copy of the model, and their Adagrad.
 
-    Of the two factors the left one is drawn once and stays, as in arXiv 2308.03303; the right one begins at 0.
+    Of two factors the left one is drawn and stays (arXiv 2308.03303), the right one begins at 0.
     """
 
     def __init__(self, model: GPT, config: Config):
@@ -3220,7 +3221,7 @@ def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether matrix products are much faster in bf16. A CPU is timed: even native bf16 may be slower there."""
+    """Whether matrix products are much faster in bf16. A CPU is timed, as native bf16 may be slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     best_s = dict.fromkeys(COMPUTE_DTYPES.values(), math.inf)
@@ -3232,11 +3233,11 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
-    """Tokens whose forward and backward pass fits this rank's share of all memory, by what passes were seen to take.
+    """Tokens whose forward and backward pass fits this rank's share of all memory, as measured.
 
     What is free does not count, so that a run can be repeated.
     """
-    most, memory = 4096, 0.5 * cpu_memory() / runtime.local_world_size  # a CPU is slower with more
+    most, memory = 4096, 0.5 * cpu_memory() / runtime.local_world_size  # see docs/one_gpu.md
     if runtime.device.type == "cuda":
         most, memory = MOST_TOKENS, 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
     layers = config.num_layers + len(config.repeat_layers)
@@ -3504,7 +3505,7 @@ def write_state(path: Path, state: State) -> None:
 
 
 def as_metadata(content: Mapping[str, Any]) -> dict[str, str]:
-    """One entry: safetensors writes several in a random order, which would make different files of one content."""
+    """One entry: safetensors writes several in a random order, and files of one content would differ."""
     return {"train_gpt": json.dumps(content, sort_keys=True)}
 
 

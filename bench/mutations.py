@@ -62,8 +62,8 @@ SECTIONS = {
     ),
     "scoring": (
         "Windows plan_windows TokenScores Score score_of sample_targets WindowScorer score_stream "
-        "ChunkTrainer score_then_adapt",
-        "test_scoring test_golden_scoring test_ttt",
+        "ChunkTrainer score_then_adapt DocumentTrainer adapt_by_document",
+        "test_scoring test_golden_scoring test_ttt test_ttt_documents",
     ),
     "mixing": (
         "_heads _Groups causal_ngram_counts iter_ngram_counts _count_order iter_hashed_counts Evidence _bin "

@@ -200,6 +200,8 @@ def test_variables_of_other_submissions_are_none_of_ours_and_what_takes_their_pl
     assert not set.union(*theirs) & fields
     assert set.union(*ours) <= fields
     assert len(set.union(*theirs)) > 15
+    for name in set.union(*theirs):
+        assert train_gpt.Config.from_env({name: "1"}) == train_gpt.Config.from_env({})
 
 
 @pytest.mark.parametrize("page", PAGES)

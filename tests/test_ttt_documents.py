@@ -119,7 +119,7 @@ def test_nothing_is_carried_over_to_the_next_document(scores: TokenScores) -> No
     class Late(DocumentTrainer):
         def learn(self, logp: Tensor) -> None:
             rounds[0] += 1
-            if rounds[0] > 13:  # of 5, 1 and 7 chunks
+            if rounds[0] > 10:  # of 5, 1 and 7 chunks, the last of which is not trained on
                 super().learn(logp)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -156,14 +156,14 @@ def test_a_stream_without_document_starts_is_one_document() -> None:
 
 
 def test_compiled_it_scores_the_same(scores: TokenScores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph for all steps: neither a document's end nor the stream's changes a shape."""
+    """One graph for all steps, and its backward pass: neither a document's end nor the stream's changes a shape."""
     graphs: list[Any] = []
     honest = torch.compile
 
     def compiled(function: Any, **options: Any) -> Any:
-        def count(graph: Any, _: Any) -> Any:
+        def count(graph: Any, inputs: Any) -> Any:
             graphs.append(graph)
-            return graph
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
         return honest(function, **options, backend=count)
 
@@ -197,15 +197,20 @@ def test_any_number_of_ranks_scores_the_same(scores: TokenScores, tmp_path: Path
 # ---- the audit of it ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+DECODED: list[dict[str, Any]] = [
+    {}, {"compute_dtype": "bf16"}, {"mixer": "backoff"}, {"ttt_chunk_tokens": 500}, {"ttt_enabled": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", DECODED)
 @pytest.mark.parametrize("start", [0, 35, 240])
-def test_it_decodes(start: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_decodes(start: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the bits and what stands before; a document's end is found by decoding it."""
     monkeypatch.setattr(audit_decode.Known, "target_bytes", lambda _, tokens: np.ones(len(tokens) - 1, np.int16))
-    model = lively_model(CONFIG)
-    model.compute_dtype = train_gpt.COMPUTE_DTYPES[dtype]
+    config = dataclasses.replace(CONFIG, **options)
+    model = lively_model(config)
     tokens = TOKENS.astype(np.int64)
-    known = audit_decode.Known(CONFIG, 300, tokens[: start + 1], 60, {})
+    known = audit_decode.Known(config, 300, tokens[: start + 1], 60, {})
     words, nats = audit_decode.encode(model, known, tokens)
     scored = -audit_decode.own_scores(model, known, tokens)[start : start + 60]
     assert np.abs(nats - scored).max() < 1e-5
@@ -244,6 +249,8 @@ def test_audit_of_training_before_scoring(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(train_gpt, "DocumentTrainer", Known)
     monkeypatch.setattr(GPT, "token_scores", token_scores)
+    ok, figure = audit.check_training_order(neural_stage(), TOKENS.astype(np.int64), 0)
+    assert (ok, figure) == (False, "trains on targets 0…23 before they are scored")
     assert not audit.check_future(neural_stage(), TOKENS.astype(np.int64), [39, 40, 130])[0]
 
 
@@ -251,3 +258,17 @@ def test_audit_of_scores_that_are_kept_twice() -> None:
     stage = neural_stage()
     twice = audit.check_kept_once(lambda tokens: (stage.score(tokens), stage.score(tokens))[0], TOKENS, [30])
     assert twice == (False, "60 scores kept, of 30 targets out of 30")
+
+
+def test_audit_of_scores_that_are_left_out() -> None:
+    stage = neural_stage()
+    fewer = audit.check_kept_once(lambda tokens: stage.score(tokens[:-2]), TOKENS, [30])
+    assert fewer == (False, "28 scores kept, of 28 targets out of 30")
+
+
+def test_the_projection_counts_windows_of_chunks() -> None:
+    """A pass over the stream, overlapping ones, and three for each window that is trained on."""
+    config = dataclasses.replace(CONFIG, eval_stride=8)
+    assert train_gpt.projected_seconds(config, 300, 2.0) == pytest.approx(2 * (1 + 3 + 3 * 3))
+    longer = dataclasses.replace(config, ttt_chunk_tokens=500)
+    assert train_gpt.projected_seconds(longer, 300, 2.0) == pytest.approx(2 * (1 + 3 + 3))

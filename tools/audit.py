@@ -522,44 +522,59 @@ def check_interviews(report: Report, stage: Stage, interviews: Callable[[], Iter
 
 
 @contextlib.contextmanager
-def watched_training(keep: Callable[[range], bool]) -> Iterator[list[range]]:
-    """Record the targets of every round of test-time training; rounds that `keep` refuses are left out."""
-    original, step, seen = train_gpt.ChunkTrainer.train_on, train_gpt.DocumentTrainer.learn, []
+def watched_training(keep: Callable[[range], bool]) -> Iterator[tuple[list[range], list[range]]]:
+    """Record the targets of every round of test-time training, and of those that trained on some not scored before.
+
+    Rounds that `keep` refuses are left out.
+    """
+    original, step, seen, early = train_gpt.ChunkTrainer.train_on, train_gpt.DocumentTrainer.learn, [], []
+    sequences, take, scored, window = train_gpt.WindowScorer.sequences, train_gpt.WindowScorer.keep, 0, 0
+
+    def saw(targets: range) -> bool:
+        seen.append(targets)
+        if targets.stop > scored:
+            early.append(targets)
+        return keep(targets)
 
     def train_on(self: train_gpt.ChunkTrainer, scorer: Any, targets: range, lr: float) -> None:
-        seen.append(targets)
-        if keep(targets):
+        if saw(targets):
             original(self, scorer, targets, lr)
 
     def learn(self: train_gpt.DocumentTrainer, logp: torch.Tensor) -> None:
-        targets = range(kept.stop - len(logp), kept.stop)  # they end with those scored last
-        seen.append(targets)
-        if keep(targets):
+        first = window + logp.storage_offset()  # logp is a part of the window's
+        if saw(range(first, first + len(logp))):
             step(self, logp)
 
+    def look(self: train_gpt.WindowScorer, starts: np.ndarray, length: int) -> Any:
+        nonlocal window
+        window = int(starts[0])
+        return sequences(self, starts, length)
+
     def note(self: train_gpt.WindowScorer, first: int, logp: torch.Tensor, *rest: Any) -> None:
-        nonlocal kept
-        kept = range(first, first + len(logp))
+        nonlocal scored
+        scored = first + len(logp)
         take(self, first, logp, *rest)
 
-    kept, take = range(0), train_gpt.WindowScorer.keep
     with (
         mock.patch.object(train_gpt.ChunkTrainer, "train_on", train_on),
         mock.patch.object(train_gpt.DocumentTrainer, "learn", learn),
+        mock.patch.object(train_gpt.WindowScorer, "sequences", look),
         mock.patch.object(train_gpt.WindowScorer, "keep", note),
     ):
-        yield seen
+        yield seen, early
 
 
 def check_training_order(stage: Stage, tokens: np.ndarray, chunk: int) -> Verdict:
-    """Training on targets up to b-1 may only touch scores from b on, and the last chunk is never trained on.
+    """Training is on scored targets, touches later scores alone, and is never on the last chunk.
 
-    `chunk` is 0 where documents are trained on by themselves: the last step of each then touches nothing.
+    `chunk` is 0 where documents are trained on by themselves: their last chunks are not trained on either.
     """
-    with watched_training(lambda _: True) as rounds:
+    with watched_training(lambda _: True) as (rounds, early):
         reported = stage.score(tokens)
+    if early:
+        return False, f"trains on targets {early[0].start}…{early[0].stop - 1} before they are scored"
     num_targets = len(tokens) - 1
-    last_start = (num_targets - 1) // chunk * chunk if chunk else num_targets
+    last_start = (num_targets - 1) // chunk * chunk if chunk else num_targets - 1
     late = [targets for targets in rounds if targets.stop > last_start]
     if late:
         return False, f"trains on targets {late[0].start}…{late[0].stop - 1}, the last chunk begins at {last_start}"

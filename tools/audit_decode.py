@@ -130,9 +130,10 @@ class Walk:
         These are the last `tail` ones of each row or, where a document is by itself, its next ones up to its end.
         """
         answer = ask(ids, targets, tail, *rest)
-        first, by_document = self.scored, self.given.config.ttt_rank > 0
+        first, config = self.scored, self.given.config
+        by_document = config.ttt_enabled and config.ttt_rank > 0
         before = first - int(self.starts[0]) if by_document else 0  # columns of the answer ahead of target `first`
-        self.scored += self.given.config.ttt_chunk_tokens if by_document else ids.size(0) * tail
+        self.scored += min(config.ttt_chunk_tokens, ids.size(1)) if by_document else ids.size(0) * tail
         if by_document:
             self.scored = min(self.scored, self.given.num_targets)
             ends = np.flatnonzero(self.tokens[first + 1 : self.scored + 1] == train_gpt.BOS_ID)

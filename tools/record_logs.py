@@ -277,7 +277,7 @@ def judge_run(run: SeedRun, record: bool) -> Iterator[Finding]:
     limits = (
         ("bytes in all", run.largest_bytes or None, SIZE_LIMIT_BYTES, 0.0, "FIT_BYTES=1 or a smaller model"),
         ("s of training", run.train_s, BUDGET_S, over_by_a_step, "lower MAX_WALLCLOCK_SECONDS"),
-        ("s of evaluation", run.eval_s, BUDGET_S, 0.0, "score in fewer windows or TTT epochs"),
+        ("s of evaluation", run.eval_s, BUDGET_S, 0.0, "score in fewer windows, or train less on them"),
     )
     for what, value, limit, more, advice in limits:
         if value is None:

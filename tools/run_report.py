@@ -569,7 +569,9 @@ def running_bpb(run: Run) -> Points:
 
 def adaptation(groups: Sequence[Configuration]) -> Section | None:
     """The chunks of test-time training. None where no run has that stage."""
-    runs = [run for group in groups for run in group.runs if run.chunks or run.settings().get("ttt_enabled")]
+    every = [(run, run.settings()) for group in groups for run in group.runs]
+    # TTT by document has no chunks that all of the stream goes through.
+    runs = [run for run, of in every if run.chunks or (of.get("ttt_enabled") and not of.get("ttt_rank"))]
     if not runs:
         return None
     section = Section("Test-time training", missing(runs, lambda run: run.chunks, "chunk of test-time training"))

@@ -249,7 +249,7 @@ def projected_seconds(config: Config, num_targets: int, first_s: float) -> float
     """Of all stages, if training on a window costs as much as scoring three, and mixing 2.5 µs a target."""
     overlap, ttt = config.eval_seq_len / config.eval_stride, config.ttt_enabled
     windows = max(config.eval_seq_len / config.ttt_chunk_tokens, 1)
-    trained = 3 * windows if config.ttt_rank else overlap + 3 * config.ttt_epochs
+    trained = 4 * windows if config.ttt_rank else overlap + 3 * config.ttt_epochs
     return first_s * (1 + overlap + ttt * trained) + 2.5e-6 * num_targets * (config.mixer != "none")
 
 

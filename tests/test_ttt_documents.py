@@ -267,8 +267,8 @@ def test_audit_of_scores_that_are_left_out() -> None:
 
 
 def test_the_projection_counts_windows_of_chunks() -> None:
-    """A pass over the stream, overlapping ones, and three for each window that is trained on."""
+    """A pass over the stream, overlapping ones, and for each chunk a window that is scored and trained on."""
     config = dataclasses.replace(CONFIG, eval_stride=8)
-    assert train_gpt.projected_seconds(config, 300, 2.0) == pytest.approx(2 * (1 + 3 + 3 * 3))
+    assert train_gpt.projected_seconds(config, 300, 2.0) == pytest.approx(2 * (1 + 3 + 4 * 3))
     longer = dataclasses.replace(config, ttt_chunk_tokens=500)
-    assert train_gpt.projected_seconds(longer, 300, 2.0) == pytest.approx(2 * (1 + 3 + 3))
+    assert train_gpt.projected_seconds(longer, 300, 2.0) == pytest.approx(2 * (1 + 3 + 4))

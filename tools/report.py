@@ -251,6 +251,7 @@ PAGES = {
         stages=stages, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
         frontier=partial(sweep, "cpu-frontier.json"), parts=partial(sweep, "cpu-frontier_parts.json"),
         parts_1000=partial(sweep, "cpu-frontier_1000.json"), ttt=partial(ttt, "cpu-ttt_gain.json"),
+        ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
     ),
     "docs/faults.md": dict(faults=faults),
     "docs/one_gpu.md": {"memory": memory, "step times": step_times},

@@ -347,7 +347,9 @@ def check_ttt(bench: Bench) -> Iterator[Finding]:
         seconds = CONTEST_TARGETS * config.ttt_epochs / row["tokens_per_s"] / WORLD
         what = f"training on the contest's split, {config.ttt_epochs} epochs, {WORLD} GPUs (projected)"
         yield Finding.within(what, seconds, train_gpt.STAGE_BUDGET_S, "s")
-    config = dataclasses.replace(config, ttt_rank=64, ttt_chunk_tokens=min(128, config.eval_seq_len))
+    recipe = train_gpt.FRONTIER
+    chunk = min(recipe["ttt_chunk_tokens"], config.eval_seq_len)
+    config = dataclasses.replace(config, ttt_rank=recipe["ttt_rank"], ttt_chunk_tokens=chunk)
     row = ttt.measure_by_document(config, bench.runtime, 64 if bench.on_cuda else 4)
     yield Finding("scoring and training by document", row["targets_per_s"], "targets/s")
     if bench.on_cuda:

@@ -564,6 +564,11 @@ def watched_training(keep: Callable[[range], bool]) -> Iterator[tuple[list[range
         yield seen, early
 
 
+def chunk_of(config: train_gpt.Config) -> int:
+    """What `check_training_order` asks: targets of a chunk, 0 where documents are trained on by themselves."""
+    return 0 if config.ttt_rank else config.ttt_chunk_tokens
+
+
 def check_training_order(stage: Stage, tokens: np.ndarray, chunk: int) -> Verdict:
     """Training is on scored targets, touches later scores alone, and is never on the last chunk.
 
@@ -1032,7 +1037,7 @@ def audit_stages(
         check_interviews(report, stage, interviews)
     for stage in stages:
         if stage.name.endswith("ttt"):
-            test = functools.partial(check_training_order, stage, tokens, 0 if config.ttt_rank else chunk)
+            test = functools.partial(check_training_order, stage, tokens, chunk_of(config))
             report.add("training after scoring", SCORE_FIRST, stage.name, test)
     for stage in stages:
         report.add("awkward lengths", SINGLE_PASS, stage.name, functools.partial(check_lengths, stage, tokens, lengths))
@@ -1308,8 +1313,7 @@ def audit_artifact(report: Report, recipe: train_gpt.Config, arguments: argparse
 
         check_interviews(report, stage, interviews)
         if stage.name.endswith("ttt"):
-            chunk = 0 if config.ttt_rank else config.ttt_chunk_tokens
-            test = functools.partial(check_training_order, stage, tokens, chunk)
+            test = functools.partial(check_training_order, stage, tokens, chunk_of(config))
             report.add("training after scoring", SCORE_FIRST, stage.name, test)
     if given:
         audit_run_shape(report, given, model, effort)

@@ -117,8 +117,8 @@ def main(arguments: Sequence[str] = ()) -> int:
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "allocate" not in str(error):  # how torch and CUDA put it
                     raise
-                found = str(error).partition("\n")[0]
-                raise UserError(f"out of memory ({found:.200}); lower MICRO_BATCH_TOKENS or EVAL_BATCH_SEQS") from error
+                text = str(error).partition("\n")[0]
+                raise UserError(f"out of memory: {text:.99}; lower MICRO_BATCH_TOKENS or EVAL_/TTT_BATCH_SEQS") from error
             finally:
                 checkpoints.finish()  # what is being written gets its time
     except Stopped as stop:
@@ -149,7 +149,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     path = config.artifact_path
     if not config.eval_only:
         for package in ("safetensors", "zstandard" if config.compressor == "zstd" else config.compressor):
-            require(package, "writing the artifact")  # said now, not after the training
+            require(package, "writing the artifact")  # said now, not after training
         path = train_artifact(make_trainer(config, runtime, log, tokenizer, validation, checkpoints))
     content = runtime.bytes_from_main(read_artifact(path) if runtime.is_main else b"")
     model, _, metadata = load_artifact(path, attend, content)
@@ -317,7 +317,7 @@ class Config:
     smear_bos_mask: bool = setting(True, "SmearGate stops at a document's start")
     parallel_residual_from: int = number(64, "from this layer on attention and MLP read one input")
     repeat_layers: tuple[int, ...] = setting((), "neighbouring layers that are run twice")
-    repeat_from: float = number(0.4, "share of the training before that", 0, 1)
+    repeat_from: float = number(0.4, "share of the training before that", 0, 0.99)
     xsa_last_n: int = number(4, "last layers with exclusive self-attention (XSA)")
     rope_dims: int = number(16, "rotated dimensions of a head; 0: all")
     rope_base: float = number(10_000.0, "of the rotary angles", 10, 1e8)
@@ -538,11 +538,11 @@ NOT_TRAINING = (
 
 SMALL = dict(  # for a CPU
     bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_enabled=True,
-    ttt_chunk_tokens=8192, ttt_batch_seqs=8, eval_batch_seqs=8, mixer="backoff",
+    ttt_chunk_tokens=8192, ttt_batch_seqs=8, eval_batch_seqs=8, mixer="backoff", ema_decay=0.95,
 )
 FRONTIER = dict(  # what later public work found; QAT clips as the full-size artifact has to, to be near its limit
     bigram_vocab_size=3072, bigram_dim=112, min_lr=0.05, muon_eq_rows=True, quantizer="gptq", clip_std=5.0,
-    ttt_enabled=True, ttt_rank=64, ttt_lr=0.001, ttt_chunk_tokens=128, mixer="backoff",
+    eval_stride=256, ttt_enabled=True, ttt_rank=64, ttt_lr=0.001, ttt_chunk_tokens=256, mixer="backoff",
 )
 
 # What a recipe sets beyond the defaults above.
@@ -568,15 +568,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "laptop": SMALL | FRONTIER | dict(
         num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64, ve_layers=(4, 5),
-        parallel_residual_from=4, train_seq_len=512, train_batch_tokens=16_384, warmdown_iters=100, muon_momentum=0.95,
-        train_reserve_seconds=10.0, calibration_tokens=16_384, val_loss_every=0, train_log_every=20, swarm_every=20,
-        val_tokens=262_144, eval_seq_len=512, eval_stride=128,
+        parallel_residual_from=4, train_seq_len=512, train_batch_tokens=4096, warmdown_iters=400, muon_momentum=0.95,
+        train_reserve_seconds=10.0, calibration_tokens=16_384, val_loss_every=0, train_log_every=50, swarm_every=80,
+        val_tokens=262_144, eval_seq_len=512, ttt_chunk_tokens=128,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
         num_kv_heads=1, ve_layers=(2,), ve_dim=32, xsa_last_n=1, rope_train_len=256, mtp_num_heads=1,
         train_seq_len=256, train_batch_tokens=2048, iterations=500, warmdown_iters=250,
-        max_wallclock_seconds=80.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85, ema_decay=0.95,
+        max_wallclock_seconds=80.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_epochs=1, ttt_freeze_blocks=1,
         ttt_lr=0.01,
     ),
@@ -1257,7 +1257,7 @@ def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]
         if possible[name] and choice in ("auto", name):
             try:
                 return name, flash_attention(package)
-            except ImportError as error:
+            except (ImportError, AttributeError) as error:
                 problems.append(f"{package!r} ({error})")
     if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
         return "cudnn", cudnn_attention
@@ -1504,9 +1504,9 @@ def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def lr_scale_at(config: Config, step: int, elapsed_s: float) -> float:
-    """1, then linear to MIN_LR over the last WARMDOWN_ITERS steps that iterations and wallclock leave room for."""
+    """1, then linear to MIN_LR over the last WARMDOWN_ITERS steps that iterations and, from step 5 on, time allow."""
     remaining = config.iterations - step
-    if config.training_seconds > 0 and step > 0 and elapsed_s > 0:
+    if config.training_seconds and elapsed_s and step > 4:
         remaining = min(remaining, (config.training_seconds - elapsed_s) / (elapsed_s / step))
     return config.min_lr + (1 - config.min_lr) * min(1.0, max(remaining, 0.0) / max(config.warmdown_iters, 1))
 
@@ -2467,7 +2467,7 @@ class ChunkTrainer:
 
     def _step(self, scorer: WindowScorer, starts: np.ndarray, seq_len: int) -> None:
         self.grads.zero_()
-        weights = self.weights[torch.from_numpy(starts)[:, None] + torch.arange(seq_len)]
+        weights = torch.stack([self.weights[start : start + seq_len] for start in starts.tolist()])
         share = self.runtime.share(len(starts))
         if len(share):
             ids, targets = scorer.sequences(starts[share.start : share.stop], seq_len)
@@ -2497,14 +2497,13 @@ class WindowScorer:
         self.samples = sample_targets(len(tokens) - 1, config.sample_seed)
         self.sampled = torch.zeros(len(self.samples), config.vocab_size, device=runtime.device)
         self.scores = self.sampled.new_zeros(len(tokens) - 1, 2)
-        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
+        self.tokens = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, config.eval_seq_len)).to(runtime.device)
         score = model.token_scores
         self.compiled = torch.compile(score, dynamic=False) if wants_compile(config, runtime) else score
 
     def sequences(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """ids and targets of the sequences from `starts` on, each (len(starts), length), int64."""
-        places = torch.from_numpy(starts)[:, None] + torch.arange(length + 1)
-        rows = self.tokens[places.clamp(max=len(self.tokens) - 1)].long()  # beyond the end nothing is scored
+        """ids and targets, each (len(starts), length) int64, of the sequences from `starts` on; 0 behind the end."""
+        rows = torch.stack([self.tokens[start : start + length + 1] for start in starts.tolist()]).long()
         return rows[:, :-1], rows[:, 1:]
 
     @torch.inference_mode()
@@ -2928,11 +2927,11 @@ class _Groups(NamedTuple):
         return cls(position, position == 0)
 
     def split(self, label: Tensor) -> _Groups:
-        """Each group split by its positions' `label` (N,) ≥ 0. Raises ValueError above 63 bits."""
+        """Each group split by its positions' `label` (N,) ≥ 0. Raises ConfigError above 63 bits."""
         bits = len(label).bit_length()
         label_bits = int(label.max()).bit_length() if len(label) else 0
         if bits > 31 or int(self.head.sum()).bit_length() + label_bits + bits > 63:
-            raise ValueError(f"{len(label)} tokens of this vocabulary overflow 63-bit keys: count fewer at once")
+            raise ConfigError(f"{len(label)} tokens of this vocabulary overflow 63-bit keys: set MIXER=none")
         key = self.head.cumsum(0).sub_(1)
         for part, width in ((label[self.position], label_bits), (self.position, bits)):
             key <<= width
@@ -3640,6 +3639,6 @@ class FinishedStages:
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # a console that takes nothing more was already reported
+        with suppress(OSError):  # a console that takes nothing was already reported
             stream.flush()
     os._exit(exit_code)  # gloo's threads can abort a finished process while the interpreter is taken down

@@ -419,7 +419,7 @@ def bench_config(args: argparse.Namespace, folder: Path) -> train_gpt.Config:
     values: dict[str, Any] = {}
     if args.quick:
         values = train_step.QUICK | dict(
-            train_batch_tokens=512, micro_batch_tokens=256, mtp_num_heads=1, eval_batch_seqs=4, ttt_chunk_tokens=64,
+            train_batch_tokens=512, mtp_num_heads=1, eval_batch_seqs=4, ttt_chunk_tokens=64,
             ttt_freeze_blocks=1,
         )  # fmt: skip
     return train_step.bench_config("swarm", folder, device=args.device, **values)
@@ -437,6 +437,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         config = bench_config(args, Path(name))
         runtime = common.open_runtime(args, config)
+        # As a run chooses it; twice and half as many are tried too.
+        fitting = min(train_gpt.fitting_tokens(config, runtime, itemsize=2), config.train_batch_tokens)
+        config = dataclasses.replace(config, micro_batch_tokens=fitting)
         train_step.write_random_shard(Path(name), config, 4 * config.train_batch_tokens + 1)
         bench = Bench(args, config, runtime, Path(name), began + args.budget_s)
         rows = []

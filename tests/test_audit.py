@@ -7,10 +7,12 @@ import functools
 import html
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -265,6 +267,13 @@ def test_stated_distribution_that_is_not_the_score(
     assert violated(sliding.score, claims=sliding.claims) == set()
 
 
+@pytest.mark.parametrize("error", [AssertionError("odd"), subprocess.TimeoutExpired("score", 1), OSError("gone")])
+def test_code_that_raises_anything_fails_its_check_alone(error: Exception) -> None:
+    report = audit.Report()
+    report.add("mass", audit.NORMALISED, "scorer", mock.Mock(side_effect=error))
+    assert [finding.condition for finding in report.violations] == [audit.NORMALISED]
+
+
 def test_scorer_that_breaks_down(violated: Callable[..., set[str]], sliding: audit.Neural) -> None:
     def score(tokens: np.ndarray) -> audit.Scores:
         if len(tokens) == 24:
@@ -334,8 +343,26 @@ def test_log(tmp_path: Path, changes: dict[str, float], condition: str | None) -
     assert {finding.condition for finding in report.violations} == ({condition} if condition else set())
 
 
+def test_log_of_a_resumed_run() -> None:
+    """What was scored, and calibrated, again behind a restart stands there twice; the later row counts."""
+    rows = [*log_rows(calibration_s=0.1)[:-1], *log_rows(calibration_s=0.05)]
+    assert audit.check_evaluation_time(rows) == (True, "540.0 s in 1 stages")
+    assert audit.check_training_time(rows)[0]
+
+
+def test_log_with_a_mass_that_is_no_number() -> None:
+    assert not audit.check_log_validity([*log_rows(), {"event": "final_mixed_exact", "mass": 1.0, "worst": math.nan}])[0]
+
+
 def test_log_of_a_run_that_did_not_end() -> None:
     assert not audit.check_evaluation_time(log_rows()[:-1])[0]
+
+
+@pytest.mark.parametrize("recipe", train_gpt.RECIPES)
+def test_every_recipe_can_be_rehearsed(tmp_path: Path, recipe: str) -> None:
+    full = train_gpt.Config.from_env({"RECIPE": recipe, "DATA_PATH": "no such folder"})
+    config = audit.Rehearsal.prepare(tmp_path, full).config
+    assert bool(config.repeat_layers) == bool(full.repeat_layers)
 
 
 # ---- the artifact by itself, and training ------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -218,8 +220,10 @@ def test_ttt_that_looks_ahead_is_flagged(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("open({shard!r}, 'rb')", "may not open"),
-        ("__import__('socket').create_connection(('127.0.0.1', 9))", "may not use the network"),
+        ("open({shard!r}, 'rb')", "may not do this: open"),
+        ("open({elsewhere!r}, 'rb')", "may not do this: open"),  # it is no matter where the text lies
+        ("open('/dev/shm/copy', 'rb')", "may not do this: open"),
+        ("__import__('socket').create_connection(('127.0.0.1', 9))", "may not do this: socket"),
     ],
 )
 def test_decoder_reaches_neither_shards_nor_network(
@@ -231,10 +235,19 @@ def test_decoder_reaches_neither_shards_nor_network(
     known = source.stretch(config, 0.5, 4)
     bits, _ = audit_decode.encode(model, known, source.tokens)
     (shard,) = map(str, rehearsal.folder.glob("*_val_*.bin"))
-    (tmp_path / "train_gpt.py").write_text(line.format(shard=shard) + "\n")
+    elsewhere = str(shutil.copy(shard, tmp_path))
+    (tmp_path / "train_gpt.py").write_text(line.format(shard=shard, elsewhere=elsewhere) + "\n")
     monkeypatch.setattr(train_gpt, "code_paths", lambda: [tmp_path / "train_gpt.py"])
     with pytest.raises(audit_decode.DecodingError, match=words):
-        audit_decode.decode_in_bare_process(config.artifact_path, known, bits, [rehearsal.folder])
+        audit_decode.decode_in_bare_process(config.artifact_path, known, bits)
+
+
+def test_text_is_not_cut_within_a_character() -> None:
+    pieces = ["a", "<0xC3>", "<0xA9>", "b"]
+    model = SimpleNamespace(is_byte=lambda token: token in (1, 2), id_to_piece=lambda token: pieces[token])
+    tokenizer: Any = SimpleNamespace(model=model)
+    lengths = [len(audit_decode.first_tokens(np.arange(4), count, tokenizer)) for count in range(5)]
+    assert lengths == [0, 1, 1, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -248,5 +248,5 @@ def test_two_ranks_end_with_the_line_and_do_not_hang(tiny_data, tmp_path, overri
     assert process.returncode == 2
     lines = [line for line in process.stderr.splitlines() if re.match(r"(\[rank\d\]:)?error: ", line)]
     assert 1 <= len(lines) <= 2
-    assert all(mentioned in line for line in lines)
+    assert mentioned in lines[0]  # of rank 0; the other one may get to say that it is gone
     assert "Traceback" not in process.stderr

@@ -298,16 +298,16 @@ def test_lr_scale_without_a_clock(iterations, warmdown):
 def test_lr_scale_with_a_wallclock_cap(step_s, cap_s, warmdown):
     """At a constant pace the cap acts as so many iterations: linear to 0 over the last `warmdown` of them."""
     config = tiny_config(iterations=10**9, warmdown_iters=warmdown, max_wallclock_seconds=cap_s)
-    assert train_gpt.lr_scale_at(config, 0, 0.0) == 1  # no pace is known yet
+    assert [train_gpt.lr_scale_at(config, step, cap_s) for step in range(5)] == [1] * 5  # no pace is known yet
     last = int(cap_s / step_s)
     scales = []
-    for step in sorted({1, last // 3, last // 2, last - 1, last} - {0, -1}):
+    for step in sorted(step for step in {5, last // 3, last // 2, last - 1, last} if step > 4):
         remaining = (cap_s - step * step_s) / step_s
         scales.append(train_gpt.lr_scale_at(config, step, step * step_s))
         assert scales[-1] == pytest.approx(min(1.0, max(remaining, 0) / warmdown), abs=1e-6)
     assert scales == sorted(scales, reverse=True)
-    assert train_gpt.lr_scale_at(config, last + 1, cap_s) == 0
-    assert train_gpt.lr_scale_at(config, last + 2, 2 * cap_s) == 0
+    assert train_gpt.lr_scale_at(config, last + 5, cap_s) == 0
+    assert train_gpt.lr_scale_at(config, last + 6, 2 * cap_s) == 0
 
 
 def test_lr_scale_takes_the_earlier_end():

@@ -306,26 +306,21 @@ def decode(model: train_gpt.GPT, known: Known, words: np.ndarray) -> np.ndarray:
 
 
 BARE = """
-import os, sys
-folder, *closed = sys.argv[1:]
-opened = tuple(path + os.sep for path in (folder, sys.prefix, sys.base_prefix))
-closed = tuple(path + os.sep for path in closed)
-def hook(event, args):
-    if event == "open" and isinstance(args[0], (str, bytes)):
-        path = os.path.abspath(os.fsdecode(args[0]))
-        if path.startswith(closed) and not path.startswith(opened):
-            raise PermissionError(f"the decoder may not open {path}")
-    if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo"):
-        raise PermissionError(f"the decoder may not use the network: {event}")
-sys.addaudithook(hook)
+import sys
+folder = sys.argv[1]
 sys.path.insert(0, folder)
+import audit_watch
+def refuse(problem):
+    raise PermissionError(f"the decoder may not do this: {problem}")
+audit_watch.install(audit_watch.Watch([folder]), refuse)
 import audit_decode
 audit_decode.answer_in_bare_process(folder)
 """
+DECODING_S = 3600  # after which a decoder is taken to hang
 
 
-def decode_in_bare_process(artifact: Path, known: Known, words: np.ndarray, closed: list[Path]) -> np.ndarray:
-    """`decode` in an empty folder with an empty environment and no network, which may open nothing below `closed`.
+def decode_in_bare_process(artifact: Path, known: Known, words: np.ndarray) -> np.ndarray:
+    """`decode` with an empty environment and no network; it may open what lies in its own folder, and libraries.
 
     Raises DecodingError.
     """
@@ -341,11 +336,14 @@ def decode_in_bare_process(artifact: Path, known: Known, words: np.ndarray, clos
             shutil.copy(path, folder)
         shutil.copy(artifact, Path(folder, "artifact"))
         np.savez(Path(folder, "known.npz"), prefix=known.prefix, words=words, **known.byte_rule)
-        command = [sys.executable, "-I", "-c", BARE, folder, *(os.path.abspath(path) for path in closed)]
-        process = subprocess.run(
-            [*audit_watch.no_network(), *command], cwd=folder, env=environ, input=json.dumps(asked),
-            capture_output=True, encoding="utf-8", check=False,
-        )  # fmt: skip
+        command = [*audit_watch.no_network(), sys.executable, "-I", "-c", BARE, folder]
+        try:
+            process = subprocess.run(
+                command, cwd=folder, env=environ | {"TMPDIR": folder}, input=json.dumps(asked), capture_output=True,
+                encoding="utf-8", check=False, timeout=DECODING_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise DecodingError(f"the decoder has not ended after {DECODING_S} s") from error
     if process.returncode:
         raise DecodingError((process.stderr.strip().splitlines() or ["no word from the decoder"])[-1])
     return np.array(json.loads(process.stdout), dtype=np.int64)
@@ -374,7 +372,6 @@ class Source(NamedTuple):
     tokens: np.ndarray  # (N + 1,)
     tokenizer: Any  # has what BYTE_RULE names
     text: Callable[[np.ndarray], str]  # of whole documents
-    closed: tuple[Path, ...] = ()  # where its shards lie
 
     def stretch(self, config: train_gpt.Config, fraction: float, count: int, mix_block: int = MIX_BLOCK) -> Known:
         """`count` targets, or as many as there are, from `fraction` of the stream on, or before its end."""
@@ -385,6 +382,17 @@ class Source(NamedTuple):
         # A compiled forward pass cannot be held. The device is the one in use here, whatever the process chooses.
         config = dataclasses.replace(as_run(config), compile=False, device=train_gpt.Runtime(config, {}).device.type)
         return Known(config, num_targets, self.tokens[: start + 1].astype(np.int64), count, rule, mix_block)
+
+
+def first_tokens(tokens: np.ndarray, count: int, tokenizer: train_gpt.Tokenizer) -> np.ndarray:
+    """The first `count` tokens, or some fewer where byte tokens of one character would be torn apart."""
+
+    def goes_on(token: int) -> bool:
+        return tokenizer.model.is_byte(token) and 0x80 <= int(tokenizer.model.id_to_piece(token)[3:5], 16) < 0xC0
+
+    while count < len(tokens) and goes_on(int(tokens[count])):
+        count -= 1
+    return tokens[:count]
 
 
 def stage_name(config: train_gpt.Config) -> str:
@@ -418,7 +426,7 @@ def check_decoding(artifact: Path, source: Source, known: Known) -> tuple[bool, 
             target = int(np.argmax(gaps))
             had = f"{scored[target]:.6f} nats where its prediction from the tokens before has {nats[target]:.6f}"
             raise DecodingError(f"the run scored target {start + target} with {had}")
-        decoded = decode_in_bare_process(artifact, known, words, [train_gpt.CODE_DIR, *source.closed])
+        decoded = decode_in_bare_process(artifact, known, words)
     except DecodingError as error:
         return False, f"{stretch}: {error}", failed
     bits, scored_bits = 32 * len(words), scored.sum() / math.log(2)

@@ -8,11 +8,13 @@ and under audit_watch.py; and for a whole audit as two ranks. A clock outside it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -135,15 +137,23 @@ def start(environ: Mapping[str, str], cwd: Path, before: Sequence[str] = (), ran
     command = [*before, sys.executable, *(launcher if ranks > 1 else []), script]
     arrivals = Arrivals()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, subprocess.Popen(
-        command, env=dict(environ), cwd=cwd, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
+        command, env=dict(environ), cwd=cwd, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace",
+        start_new_session=True,
     ) as process:  # fmt: skip
-        timer = threading.Timer(TIMEOUT_S, process.kill)
+        # The launcher's ranks with it: as long as one of them lives, the end of the pipe does not come.
+        kill = functools.partial(os.killpg, process.pid, signal.SIGKILL)
+        timer = threading.Timer(TIMEOUT_S, kill)
         timer.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            arrivals.write(line)
-        code = process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                arrivals.write(line)
+            code = process.wait()
+        except BaseException:
+            kill()
+            raise
+        finally:
+            timer.cancel()
         errors.seek(0)
         return Said(arrivals.lines, code, errors.read())
 

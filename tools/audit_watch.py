@@ -26,7 +26,8 @@ PROCESSES = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
     "os.startfile",
 )  # fmt: skip
-SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64")  # of the machine, the same for everybody
+# Of the machine, the same for everybody; of its devices none that keeps what a user has written.
+SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/dev/zero", "/etc", "/usr", "/lib", "/lib64")
 
 
 class Watch:

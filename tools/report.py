@@ -5,8 +5,8 @@
     python tools/report.py --write     # put them into docs/, each between the two markers of its name
 
 docs/settings.md is made whole. In the other pages the lines <!-- NAME --> and <!-- /NAME --> mark where the table of
-that name stands. For each device the newest file bench/results/<device>-*.json counts; the scores by stage, and the
-picture of them, are those of the logs that submission.json names. Drawing needs matplotlib (requirements-tools.txt).
+that name stands. For each device the newest file bench/results/<device>-*.json counts; the scores of the recipes, and
+the picture of them, are those of the logs logs/docs_*.jsonl. Drawing needs matplotlib (requirements-tools.txt).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ sys.path.insert(1, str(REPO))
 import train_gpt  # noqa: E402
 from bench import common  # noqa: E402
 from tools import run_figures  # noqa: E402
+from tools.record_logs import SeedRun, read_run  # noqa: E402
 
 RESULTS = REPO / "bench" / "results"
 PICTURE = "docs/results.svg"
-STAGES = {
-    "diagnostic": "averaged weights, before quantization", "roundtrip": "artifact, windows without overlap",
-    "sliding_window": "sliding window, from the artifact", "legal_ttt": "+ score-first TTT", "mixed": "+ default mixer",
+STAGES = {  # by a part of the name that the log has for them
+    "roundtrip": "artifact", "sliding_window": "sliding window", "legal_ttt": "+ TTT", "mixed": "+ mixer",
 }  # fmt: skip
 CONTEST_TARGETS, RECORD_BATCH_TOKENS = 62_021_632, 786_432
 UTILISATIONS = (0.25, 0.35)  # of the data sheet's peak; 0.27 is what 85 ms a step on eight H100s mean
@@ -99,46 +99,55 @@ def read_results(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def submitted_scores() -> dict[str, dict[str, float]]:
-    """bpb by seed and stage of the logs that submission.json names."""
-    found: dict[str, dict[str, float]] = {}
-    for name in json.loads((REPO / "submission.json").read_text(encoding="utf-8"))["logs"]:
-        rows = [json.loads(line) for line in (REPO / name).read_text(encoding="utf-8").splitlines()]
-        seed = next(str(row["seed"]) for row in rows if row["event"] == "config")
-        scored = [(row["event"].lower(), row["val_bpb"]) for row in rows if "val_bpb" in row]
-        stages = {stage: bpb for event, bpb in scored for stage in STAGES if stage in event and "int8" not in event}
-        found[seed] = {stage: stages[stage] for stage in STAGES if stage in stages}
-    return found
+def committed_runs() -> dict[str, list[SeedRun]]:
+    """The runs on the documentation corpus by recipe, in the program's order."""
+    runs = [read_run(path) for path in sorted((REPO / "logs").glob("docs_*_seed*.jsonl"))]
+    found = {recipe: [run for run in runs if run.settings[0]["recipe"] == recipe] for recipe in train_gpt.RECIPES}
+    return {recipe: runs for recipe, runs in found.items() if runs}
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+def scores_at(runs: Sequence[SeedRun], stage: str) -> list[float]:
+    """bpb of each run at this stage, nothing where the recipe has none."""
+    return [bpb for run in runs for name, (_, bpb) in run.scores.items() if stage in name]
 
 
-def stages() -> list[str]:
-    """Mean and sample standard deviation over the seeds."""
-    seeds = submitted_scores()
-    each = next(iter(seeds.values()))
-    rows = [[STAGES[stage], spread([scores[stage] for scores in seeds.values()])] for stage in each]
-    return table(["stage", "bpb"], rows)
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and sample standard deviation; of nothing, nothing."""
+    deviation = f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):,.{digits}f}{deviation}" if values else ""
 
 
-def draw_stages() -> str:
-    """The same as an SVG file: a dot for each seed."""
-    seeds = submitted_scores()
-    each = list(next(iter(seeds.values())))
-    columns = [[scores[stage] for scores in seeds.values()] for stage in each]
-    lines = [
-        run_figures.Line(
-            f"seed {seed}", [scores[stage] for stage in each], range(len(each)), run_figures.style_of(n)[0],
-            marker="os^Dv"[n % 5],
-        )
-        for n, (seed, scores) in enumerate(seeds.items())
-    ]  # fmt: skip
-    names = [f"{STAGES[stage].partition(',')[0]}  {spread(column)}" for stage, column in zip(each, columns)]
-    means = "; ".join(f"{STAGES[stage]}: {fmean(column):.4f}" for stage, column in zip(each, columns))
-    chart = run_figures.Chart("bits per byte", "", 2.6)
-    svg = run_figures.draw_dots(names, lines, chart, f"Bits per byte by stage, mean of {len(seeds)} seeds. {means}")
+def recipes() -> list[str]:
+    """What each recipe scored, stage by stage."""
+    rows = []
+    for recipe, runs in committed_runs().items():
+        cells = [spread(scores_at(runs, stage)) for stage in STAGES]
+        if not all(run.valid for run in runs):
+            cells[-1] += " INVALID"
+        steps, total = ([getattr(run, name) for run in runs] for name in ("steps", "total_bytes"))
+        rows.append([f"`{recipe}`", f"{len(runs)}", spread(steps, 0), *cells, spread(total, 0)])
+    return table(["recipe", "seeds", "steps", *STAGES.values(), "bytes with the code"], rows)
+
+
+def draw_recipes() -> str:
+    """The same as an SVG file: a row for each recipe, a dot for each stage from the sliding window on."""
+    found = committed_runs()
+    lines = []
+    for n, stage in enumerate([*STAGES][1:]):
+        for valid in (True, False):  # hollow where the probabilities do not sum to 1
+            scored = {
+                row: values for row, runs in enumerate(found.values())
+                if valid == (stage != "mixed" or all(run.valid for run in runs)) and (values := scores_at(runs, stage))
+            }  # fmt: skip
+            if scored:
+                lines.append(run_figures.Line(
+                    STAGES[stage] + ("" if valid else ", INVALID"), [*map(fmean, scored.values())], [*scored],
+                    run_figures.style_of(n)[0], marker="os^"[n], filled=valid,
+                    spread=[stdev(values) if len(values) > 1 else 0.0 for values in scored.values()],
+                ))  # fmt: skip
+    ends = "; ".join(f"{recipe} {spread([run.val_bpb or 0.0 for run in runs])}" for recipe, runs in found.items())
+    alt = f"Bits per byte of each recipe by stage, mean and deviation of its seeds. At the end: {ends}"
+    svg = run_figures.draw_dots([*found], lines, run_figures.Chart("bits per byte", "", 2.6), alt)
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return svg.replace("<svg ", f'<svg {spaces} width="640" font-family="sans-serif" ', 1) + "\n"
 
@@ -248,7 +257,7 @@ def step_times() -> list[str]:
 # Pages ------------------------
 PAGES = {
     "docs/results.md": dict(
-        stages=stages, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
+        recipes=recipes, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
         frontier=partial(sweep, "cpu-frontier.json"), parts=partial(sweep, "cpu-frontier_parts.json"),
         parts_1000=partial(sweep, "cpu-frontier_1000.json"), ttt=partial(ttt, "cpu-ttt_gain.json"),
         ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
@@ -307,7 +316,7 @@ def pages(folder: Path) -> dict[str, str]:
         except (OSError, ReportError) as error:
             raise ReportError(f"{name}: {error}") from error
         made[name] = text
-    return made | {"docs/settings.md": settings_page(), PICTURE: draw_stages()}
+    return made | {"docs/settings.md": settings_page(), PICTURE: draw_recipes()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

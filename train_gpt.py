@@ -117,8 +117,8 @@ def main(arguments: Sequence[str] = ()) -> int:
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "allocate" not in str(error):  # how torch and CUDA put it
                     raise
-                text = str(error).partition("\n")[0]
-                raise UserError(f"out of memory: {text:.99}; lower MICRO_BATCH_TOKENS or EVAL_/TTT_BATCH_SEQS") from error
+                advice = "lower MICRO_BATCH_TOKENS or EVAL_/TTT_BATCH_SEQS"
+                raise UserError(f"out of memory ({error!s:.200}); {advice}") from error
             finally:
                 checkpoints.finish()  # what is being written gets its time
     except Stopped as stop:

@@ -351,7 +351,8 @@ def test_log_of_a_resumed_run() -> None:
 
 
 def test_log_with_a_mass_that_is_no_number() -> None:
-    assert not audit.check_log_validity([*log_rows(), {"event": "final_mixed_exact", "mass": 1.0, "worst": math.nan}])[0]
+    row = {"event": "final_mixed_exact", "mass": 1.0, "worst": math.nan}
+    assert not audit.check_log_validity([*log_rows(), row])[0]
 
 
 def test_log_of_a_run_that_did_not_end() -> None:

@@ -723,7 +723,8 @@ def check_evaluation_time(rows: Sequence[dict[str, Any]]) -> Verdict:
     if not totals:
         return False, "the log has no evaluation total: the run did not end"
     names = ("final_", "legal_ttt")
-    stages = {row["event"]: row["eval_time_ms"] for row in rows if row["event"].startswith(names) and "eval_time_ms" in row}
+    scored = [row for row in rows if row["event"].startswith(names) and "eval_time_ms" in row]
+    stages = {row["event"]: row["eval_time_ms"] for row in scored}
     seconds = max(totals[-1], sum(stages.values()) / 1000)
     return seconds <= train_gpt.STAGE_BUDGET_S, f"{seconds:.1f} s in {len(stages)} stages"
 
@@ -881,7 +882,8 @@ class Rehearsal:
             recipe, vocab_size=32, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0,
             bigram_vocab_size=64, bigram_dim=8, xsa_last_n=1, rope_dims=8, rope_train_len=32, ve_dim=8, ve_layers=(1,),
             parallel_residual_from=min(recipe.parallel_residual_from, 1),
-            repeat_layers=(0, 1) if recipe.repeat_layers else (), mtp_num_heads=1, train_seq_len=32, train_batch_tokens=512, micro_batch_tokens=512, iterations=130,
+            repeat_layers=(0, 1) if recipe.repeat_layers else (), mtp_num_heads=1, train_seq_len=32,
+            train_batch_tokens=512, micro_batch_tokens=512, iterations=130,
             warmup_steps=0, warmdown_iters=40, max_wallclock_seconds=0.0, muon_momentum_warmup_steps=10, ema_decay=0.8,
             matrix_lr=0.05, tied_embed_lr=0.1, val_loss_every=0, train_log_every=10, kg_enabled=False, swarm_every=10,
             ttt_freeze_blocks=min(recipe.ttt_freeze_blocks, 1), weight_average="ema", data_path=str(folder),

@@ -627,6 +627,11 @@ def edit_row(**changes: Any) -> Callable[[Path], Any]:
     return edit
 
 
+def results_with(**figures: Any) -> dict[str, dict[str, Any]]:
+    """seed_results with the right val_bpb, and these figures."""
+    return {str(seed): {"val_bpb": loss / 1.69, **figures} for seed, loss in LOSSES.items()}
+
+
 def edit_log(seed: int, change: Change) -> Callable[[Path], Any]:
     return lambda folder: write_log(folder, seed, change)
 
@@ -658,6 +663,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "code too large": (sized_script(250_000), ("bytes", "16,050,02", "at most 16,000,000")),
     "no JSON": (put("submission.json", "{"), ("submission.json", "no JSON")),
     "list": (put("submission.json", "[]"), ("submission.json", "a list")),
+    "no field": (put("submission.json", "{}"), ("submission.json", "empty object")),
     "nested score": (edit_row(val_bpb={"mean": 1.1}), ("val_bpb is {'mean': 1.1}", "plain number")),
     "score as text": (edit_row(val_loss="1.9"), ("val_loss is '1.9'", "plain number")),
     "no score": (edit_row(val_bpb=None), ("val_bpb is missing",)),
@@ -668,9 +674,38 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "other seeds": (edit_row(seeds=[1, 2, 3]), ("seeds [1, 2, 3]", "42, 1337, 2025")),
     "results as list": (edit_row(seed_results=[1]), ("seed_results is [1]",)),
     "another score": (edit_row(val_bpb=1.1), ("val_bpb is 1.1", "the mean over the seeds 1.125")),
+    "another loss": (edit_row(val_loss=1.8), ("val_loss is 1.8", "the mean over the seeds 1.902")),
     "a seed's score": (
         edit_row(seed_results={str(seed): {"val_bpb": 1.1} for seed in LOSSES}),
         ("seed 42 has val_bpb 1.1", "its log 1.126"),
+    ),
+    "a seed's loss": (
+        edit_row(seed_results=results_with(val_loss=1.8)),
+        ("seed 42 has val_loss 1.8", "its log 1.9034"),
+    ),
+    "a seed's loss as text": (
+        edit_row(seed_results=results_with(val_loss="1.9")),
+        ("seed_results[42] has val_loss '1.9'", "no plain number"),
+    ),
+    "the best seed's score": (
+        edit_row(seed_results=None, val_bpb=min(LOSSES.values()) / 1.69),
+        ("val_bpb is 1.1247", "the mean over the seeds 1.125"),
+    ),
+    "the best seed's loss": (
+        edit_row(seed_results=None, val_loss=min(LOSSES.values())),
+        ("val_loss is 1.9008", "the mean over the seeds 1.902"),
+    ),
+    "a stage of one seed": (
+        edit_row(seed_results=None, val_bpb=(min(LOSSES.values()) + 0.01) / 1.69),
+        ("val_bpb is 1.1306", "the mean over the seeds 1.125"),
+    ),
+    "a seed left out": (
+        lambda folder: write_log(folder, 7),
+        ("train_seed7.jsonl is of seed 7", "seed_results leaves out"),
+    ),
+    "a seed left out of seeds": (
+        lambda folder: (write_log(folder, 7), edit_row(seed_results=None)(folder)),
+        ("train_seed7.jsonl is of seed 7", "seeds leaves out"),
     ),
     "bytes claimed": (edit_row(bytes_total=15_000_000), ("bytes_total is 15,000,000", "have 15,800,022")),
     "code claimed": (edit_row(bytes_code=3), ("bytes_code is 3", "22 bytes")),
@@ -702,6 +737,21 @@ def test_what_a_reviewer_would_refuse_is_refused(name: str, good: Path, capsys: 
     code, refusals, _ = check(good, capsys)
     assert code == 1
     assert [line for line in refusals if all(word in line for word in words)], refusals
+
+
+def test_a_stage_may_be_claimed_as_the_mean_of_all_seeds_or_of_the_only_one(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_row(seed_results=None)(good)
+    for losses in ([*LOSSES.values()], [LOSSES[1337]]):
+        for seed in set(LOSSES) - {1337} if len(losses) == 1 else ():
+            (good / f"train_seed{seed}.jsonl").unlink()
+            (good / f"train_seed{seed}.log").unlink()
+        for loss in (statistics.fmean(losses), statistics.fmean(losses) + 0.01):
+            edit_row(val_loss=loss, val_bpb=loss / 1.69)(good)
+            assert check(good, capsys, *NON_RECORD)[:2] == (0, [])
+        edit_row(val_loss=losses[0] - 0.01)(good)
+        assert check(good, capsys, *NON_RECORD)[0] == 1
 
 
 def test_what_the_folder_does_not_say_is_unknown(good: Path, capsys: pytest.CaptureFixture[str]):

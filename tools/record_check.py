@@ -23,6 +23,7 @@ from typing import Any
 import record_fold
 from record_fold import LIMIT_BYTES, MODULES, PROGRAM, READABLE
 from record_logs import (
+    FINAL,
     RECORD_SEEDS,
     SIZE_LIMIT_BYTES,
     Finding,
@@ -40,6 +41,7 @@ NOT_IN_THE_IMAGE = ("zstandard", "brotli", "flash_attn", "flash_attn_interface")
 TO_WRITE = "*To be written by the author.*"
 TO_FILL_IN = "*`record.py finish` fills this in.*"
 TOLERANCE = 1.01e-4  # between figures that were rounded to four decimals and the log's
+SCORES = ("val_loss", "val_bpb")  # in the order of `SeedRun.scores`
 OPTIONAL = (  # which most accepted rows have, beside those without which there is no row
     "github_id", "blurb", "track", "val_loss_std", "val_bpb_std", "seeds", "seed_results", "bytes_code", "hardware",
     "versions", "compliance", "technique_summary",
@@ -320,6 +322,8 @@ def submission_of(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
         return {}, [refused(name, f"is no JSON ({error}); correct it")]
     if not isinstance(row, dict):
         return {}, [refused(name, f"is a {type(row).__name__}, expected an object of fields; see accepted rows")]
+    if not row:
+        return {}, [refused(name, "is an empty object; see accepted rows for the fields that it needs")]
     return row, []
 
 
@@ -378,33 +382,77 @@ def check_row_sizes(row: dict[str, Any], runs: Sequence[SeedRun], code_bytes: in
 
 
 def check_row_scores(row: dict[str, Any], results: dict[str, Any], runs: Sequence[SeedRun]) -> Iterator[Finding]:
-    """Every score that is claimed stands in a log, and the claimed mean is one."""
-    name, scored = "submission.json", [run for run in runs if run.val_bpb is not None]
+    """Every score that is claimed stands in a log, no seed with a log is left out, and the claimed means are means."""
+    scored = [run for run in runs if run.val_bpb is not None]
     by_seed = {str(run.seed): run for run in scored}
     for seed, result in results.items():
-        claimed, run = plain_number(result.get("val_bpb")), by_seed.get(seed)
+        yield from check_seed_scores(seed, result, by_seed.get(seed))
+    yield from check_seeds_left_out(row, results, scored)
+    for figure in SCORES:
+        yield from check_mean(figure, row, results, scored)
+
+
+def check_seed_scores(seed: str, result: dict[str, Any], run: SeedRun | None) -> Iterator[Finding]:
+    """Whether an entry of seed_results has the figures of that seed's log; it may leave val_loss out."""
+    name = "submission.json"
+    for figure in SCORES:
+        if figure not in result and figure != "val_bpb":
+            continue
+        claimed = plain_number(result.get(figure))
         if claimed is None:
-            yield refused(name, f"seed_results[{seed}] has val_bpb {result.get('val_bpb')!r:.40}, no plain number")
+            yield refused(name, f"seed_results[{seed}] has {figure} {result.get(figure)!r:.40}, no plain number")
         elif run is None:
-            yield unknown(name, f"seed {seed} with val_bpb {claimed}: there is no log of it")
-        elif all(abs(claimed - found) > TOLERANCE for found in bpbs_of(run)):
-            yield refused(name, f"seed {seed} has val_bpb {claimed}, its log {run.val_bpb}; take the log's figure")
+            yield unknown(name, f"seed {seed} with {figure} {claimed}: there is no log of it")
+        elif all(abs(claimed - found) > TOLERANCE for found in scores_of(run, figure).values()):
+            found = getattr(run, figure)
+            yield refused(name, f"seed {seed} has {figure} {claimed}, its log {found}; take the log's figure")
         else:
-            yield ok(name, f"val_bpb of seed {seed} is its log's")
-    claimed = plain_number(row.get("val_bpb"))
+            yield ok(name, f"{figure} of seed {seed} is its log's")
+
+
+def check_seeds_left_out(row: dict[str, Any], results: dict[str, Any], scored: Sequence[SeedRun]) -> Iterator[Finding]:
+    """Whether a log is of a seed that the row does not name: of more seeds than it counts, the best could be chosen."""
+    name, seeds = "submission.json", row.get("seeds")
+    field = "seed_results" if results else "seeds"
+    named = set(results) or {str(seed) for seed in (seeds if isinstance(seeds, list) else [])}
+    for run in scored if named else ():
+        if run.seed is None:
+            yield unknown(name, f"whether {run.path.name} is of one of its seeds: the log does not say")
+        elif str(run.seed) not in named:
+            advice = "count every seed that ran, and take out logs of anything else"
+            yield refused(name, f"{run.path.name} is of seed {run.seed}, which {field} leaves out; {advice}")
+
+
+def check_mean(
+    figure: str, row: dict[str, Any], results: dict[str, Any], scored: Sequence[SeedRun]
+) -> Iterator[Finding]:
+    """Whether the row's figure is the mean of seed_results or, where these do not have it, of the logs."""
+    name, claimed = "submission.json", plain_number(row.get(figure))
     if claimed is None:
         return
-    values = [bpb for result in results.values() if (bpb := plain_number(result.get("val_bpb"))) is not None]
-    means = [statistics.fmean(each) for each in (values, [run.val_bpb or 0 for run in scored]) if each][:1]
-    single = [] if values else [bpb for run in scored for bpb in bpbs_of(run)]
-    if not means:
-        yield unknown(name, f"val_bpb {claimed}: no seed's figure to compare it with")
-    elif all(abs(claimed - found) > TOLERANCE for found in (*means, *single)):
-        yield refused(name, f"val_bpb is {claimed}, the mean over the seeds {means[0]:.6f}; write the mean")
+    told = [value for result in results.values() if (value := plain_number(result.get(figure))) is not None]
+    counted = [run for run in scored if not results or str(run.seed) in results]
+    if told and len(told) == len(results):
+        means = [statistics.fmean(told)]
     else:
-        yield ok(name, f"val_bpb {claimed} is that of the seeds")
+        means = means_of(counted, figure) if len(counted) >= len(results) else []
+    if not means:
+        yield unknown(name, f"{figure} {claimed}: not every seed has a figure to compare it with")
+    elif all(abs(claimed - mean) > TOLERANCE for mean in means):
+        yield refused(name, f"{figure} is {claimed}, the mean over the seeds {means[0]:.6f}; write the mean")
+    else:
+        yield ok(name, f"{figure} {claimed} is that of the seeds")
 
 
-def bpbs_of(run: SeedRun) -> list[float]:
-    """The run's score, and those of its stages."""
-    return [run.val_bpb or 0.0, *(bpb for _, bpb in run.scores.values())]
+def means_of(runs: Sequence[SeedRun], figure: str) -> list[float]:
+    """The means over all runs of their score, and of each stage that every one of them has: of one run its scores."""
+    scores = [scores_of(run, figure) for run in runs]
+    stages = [stage for stage in (scores[0] if scores else ()) if all(stage in each for each in scores)]
+    return [statistics.fmean(each[stage] for each in scores) for stage in stages]
+
+
+def scores_of(run: SeedRun, figure: str) -> dict[str, float]:
+    """The run's score, under the name FINAL, and those of its stages."""
+    pairs = {FINAL: (run.val_loss, run.val_bpb), **run.scores}
+    place = SCORES.index(figure)
+    return {stage: value for stage, pair in pairs.items() if (value := pair[place]) is not None}

@@ -491,6 +491,20 @@ def test_fewer_seeds_and_partial_scores_are_no_record(tmp_path: Path, capsys: py
     assert_refused(capsys, record.main, summary_of([path, two[0]], out, *NON_RECORD), "part of the validation split")
 
 
+def test_seeds_may_differ_in_where_files_lie_and_how_a_process_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (*train_gpt.PLACE_FIELDS, *train_gpt.PROCESS_FIELDS)
+
+    def at(place: str, **more: str) -> Change:
+        return lambda rows: row_of(rows, "config").update(dict.fromkeys(names, place) | more)
+
+    out, logs = tmp_path / "s.json", [write_log(tmp_path, seed, at(f"disk{seed}")) for seed in LOSSES]
+    assert summarize(logs, out)["seeds"] == [42, 1337, 2025]
+    write_log(tmp_path, 2025, at("disk2025", kg_path=""))  # which is the graph in kg_data.py
+    assert_refused(capsys, record.main, summary_of(logs, out), "train_seed2025", "KG_PATH=''", "'disk")
+
+
 def row_of(rows: list[dict[str, Any]], event: str) -> dict[str, Any]:
     return next(row for row in rows if row["event"] == event)
 

@@ -21,7 +21,11 @@ RECORD_TARGETS = 62_021_632  # of the published validation shards, 1,024 pieces,
 RECORD_VOCABULARY = 1024
 MASS_TOLERANCE = 1e-4
 FINAL = "final_int8_zlib_roundtrip_exact"
-OF_THE_SEED = ("seed", "run_id", "out_dir", "resume")  # settings that may differ between the runs of a submission
+# Settings in which the runs of one configuration may differ: the seed, where files lie, and how a process behaves.
+OF_THE_RUN = frozenset({
+    "seed", "data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id", "checkpoint_seconds",
+    "checkpoint_keep", "resume", "join_seconds",
+})  # fmt: skip
 LOG_STARTS = "===== log =====\n"  # what follows the sources in a text log of this project
 
 
@@ -336,8 +340,12 @@ def judge_together(runs: Sequence[SeedRun]) -> Iterator[Finding]:
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """The first field in which two differ, unless it is one of the seed; empty where they are alike."""
+    """The first field in which two differ, unless it is one of OF_THE_RUN; empty where they are alike."""
     for name in sorted(set(ours) | set(theirs)):
-        if name.lower() not in OF_THE_SEED and ours.get(name) != theirs.get(name):
-            return f"{name}={ours.get(name)!r:.80}, but {theirs.get(name)!r:.80}"
+        our, their = ours.get(name), theirs.get(name)
+        may_differ = name.lower() in OF_THE_RUN
+        if name.lower() == "kg_path":  # a path is another place, none is another graph: the one in kg_data.py
+            may_differ = bool(our) == bool(their)
+        if our != their and not may_differ:
+            return f"{name}={our!r:.80}, but {their!r:.80}"
     return ""

@@ -28,6 +28,7 @@ import numpy as np
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(REPO))
 from tools import run_figures as figures  # noqa: E402
+from tools.record_logs import OF_THE_RUN  # noqa: E402
 from tools.run_figures import Line  # noqa: E402
 from tools.run_log import FINAL, STAGES, LogError, Points, Run, number, points, shown, whole  # noqa: E402
 
@@ -38,11 +39,6 @@ STAGE_NAMES = {
 BUDGET_S = 600.0  # the contest's, for training and again for evaluation
 LIMIT_BYTES = 16_000_000
 RECORD_TARGETS = 62_021_632  # of the contest's validation split
-# Settings in which the runs of one configuration may differ: the seed, where files lie, and how a process behaves.
-OF_THE_RUN = {
-    "seed", "data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id", "checkpoint_seconds",
-    "checkpoint_keep", "resume", "join_seconds",
-}  # fmt: skip
 MOST_ROWS, MOST_POINTS, MOST_BARS, MOST_LABELS = 200, 1500, 16, 12
 SMALLEST_BAR = 0.005  # of all tensors' bytes; smaller ones share a bar
 NONE = "—"

@@ -525,6 +525,7 @@ SPOILT: dict[str, tuple[Change, tuple[str, ...]]] = {
     "code": (lambda rows: row_of(rows, "code_bytes").update(bytes=7), ("code bytes=", "7")),
     "no number": (lambda rows: rows[-1].update(val_loss=math.nan), ("val_loss", "nan", "no finite number")),
     "text": (lambda rows: row_of(rows, "total_bytes").update(bytes="many"), ("bytes", "'many'", "no int")),
+    "digits": (lambda rows: rows[5].update(train_time_ms=10**400), ("train_time_ms", "1000", "no finite number")),
     "setting": (lambda rows: row_of(rows, "config").update(matrix_lr=0.5), ("MATRIX_LR=", "0.5", "0.027")),
     "setting absent": (lambda rows: row_of(rows, "config").pop("beta1"), ("BETA1=", "0.9", "None")),
     "restart": (
@@ -680,6 +681,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no field": (put("submission.json", "{}"), ("submission.json", "empty object")),
     "nested score": (edit_row(val_bpb={"mean": 1.1}), ("val_bpb is {'mean': 1.1}", "plain number")),
     "score as text": (edit_row(val_loss="1.9"), ("val_loss is '1.9'", "plain number")),
+    "score of 400 digits": (edit_row(val_loss=10**400), ("val_loss is 1000", "plain number")),
     "no score": (edit_row(val_bpb=None), ("val_bpb is missing",)),
     "no author": (edit_row(author=None), ("author is None", "text")),
     "date": (edit_row(date="21 November"), ("date is '21 November'", "YYYY-MM-DD")),
@@ -738,8 +740,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unfinished": (edit_log(42, lambda rows: rows.pop()), ("train_seed42.jsonl", "did not finish")),
     **{
         name: (edit_log(42, SPOILT[name][0]), SPOILT[name][1])
-        for name in ("verdict", "mass", "training", "evaluation", "hardware", "setting", "restart", "other targets",
-                     "other bytes", "other text", "code")
+        for name in ("verdict", "mass", "digits", "training", "evaluation", "hardware", "setting", "restart",
+                     "other targets", "other bytes", "other text", "code")
     },
 }  # fmt: skip
 
@@ -864,7 +866,7 @@ def test_faults_of_somebody_elses_logs_are_refused(change, words, good: Path, ca
     assert [line for line in refusals if all(word in line for word in words)], refusals
 
 
-ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan)
+ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan, 10**400)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -891,12 +893,29 @@ odd_exact val_loss:1.2 val_bpb:1.3
 
 
 def test_files_of_any_content_end_in_a_line_and_not_in_a_traceback(good: Path, capsys: pytest.CaptureFixture[str]):
-    for text in ("[" * 100_000, "null", "", "\0", "x = " + "(" * 5000, '{"event": 1}', ODD_LOG):
+    odd_step = f'{{"event": "step:{"9" * 5000}/2"}}'
+    for text in ("[" * 100_000, "null", "", "\0", "x = " + "(" * 5000, '{"event": 1}', odd_step, ODD_LOG):
         for name in ("submission.json", "train_seed42.jsonl", "train_seed7.log", "train_gpt.py", "README.md"):
             before = (good / name).read_bytes() if (good / name).exists() else b""
             (good / name).write_text(text)
             assert check(good, capsys)[0] in (0, 1)
             (good / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import_module(name)", "import_module(a.name)", "import_module('/')", "import_module('..')", "from . import x",
+     f"import {'x' * 400}"],
+)  # fmt: skip
+def test_an_import_that_names_no_file_leads_to_none(
+    line: str, good: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{SCRIPT}def f(import_module, name, a):\n    {line}\n"
+    (good / "train_gpt.py").write_text(text)
+    monkeypatch.chdir(good)
+    for folder in (".", str(good)):
+        assert record.main(["check", folder, "--no-import"]) == 1  # the logs begin with other source
+        assert f"ok       code: {len(text):,} bytes of code, in train_gpt.py\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -907,6 +926,9 @@ def test_files_of_any_content_end_in_a_line_and_not_in_a_traceback(good: Path, c
         ("import declared_package\n", "unknown", ("declared_package", "install it here")),
         ("open('left', 'w').close()\n", "REFUSED", ("leaves files behind: left",)),
         ("raise SystemExit(0)\n", "REFUSED", ("ends the process",)),
+        ("print('hello')\n", "REFUSED", ("prints 'hello'",)),
+        ("print('hello')\nraise SystemExit(0)\n", "REFUSED", ("ends the process",)),
+        ("import atexit\natexit.register(print, 1)\n", "REFUSED", ("prints '1'",)),
         ("import os\nos.environ['DATA_PATH']\n", "REFUSED", ("KeyError", "DATA_PATH")),
     ],
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import record_fold
 from record_fold import LIMIT_BYTES, MODULES, PROGRAM, READABLE
 from record_logs import (
     FINAL,
+    LARGEST,
     RECORD_SEEDS,
     SIZE_LIMIT_BYTES,
     Finding,
@@ -121,15 +121,27 @@ def check_files(folder: Path, track: str) -> Iterator[Finding]:
 
 # ---- code -------------------------------------------------------------------------------------------------------
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Names of the modules that a file imports, wherever in it, by statement or by a literal name."""
+    """Names of the modules that a file imports, wherever in it, by statement or by a literal name.
+
+    Of a relative import the name without the leading dots; what is no dotted name, such as a variable's, is left out.
+    """
     for node in ast.walk(tree):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            yield from (f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
-            yield str(getattr(node.args[0], "value", ""))
+            names = [node.module or "", *(f"{node.module or ''}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and node.args and called_name(node).endswith("import_module"):
+            named = getattr(node.args[0], "value", None)
+            names = [named] if isinstance(named, str) else []
+        for name in (each.lstrip(".") for each in names):
+            if all(part.isidentifier() for part in name.split(".")):
+                yield name
+
+
+def called_name(call: ast.Call) -> str:
+    """The last part of the name of what is called; empty where it has none."""
+    return getattr(call.func, "attr", "") or getattr(call.func, "id", "")
 
 
 def counted_code(folder: Path) -> Iterator[Path]:
@@ -150,7 +162,8 @@ def counted_code(folder: Path) -> Iterator[Path]:
             parts = name.split(".")
             for count in range(1, len(parts) + 1):
                 module = folder.joinpath(*parts[:count])
-                waiting += [each for each in (module.with_suffix(".py"), module / "__init__.py") if each.is_file()]
+                places = (module.with_suffix(".py"), module / "__init__.py")
+                waiting += [place for place in places if os.path.isfile(place)]  # False for a name that is too long
 
 
 def check_code(folder: Path, script: str, code: Sequence[Path], with_import: bool) -> Iterator[Finding]:
@@ -250,10 +263,23 @@ def import_bare(code: Sequence[Path], with_settings: bool = False, timeout_s: fl
             raise RecordError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
         if left := sorted(os.listdir(elsewhere)):
             raise RecordError(f"its import leaves files behind: {', '.join(left)}")
-        try:
-            return json.loads(done.stdout.splitlines()[-1])
-        except (ValueError, IndexError) as error:
-            raise RecordError("its import ends the process") from error
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        facts = [found for line in lines if (found := facts_on(line))]
+        if not facts:
+            raise RecordError("its import ends the process")
+        if len(lines) > 1:
+            printed = next((line for line in lines if not facts_on(line)), lines[0])
+            raise RecordError(f"its import prints {printed!r:.60}, and has to be quiet")
+        return facts[0]
+
+
+def facts_on(line: str) -> dict[str, Any]:
+    """What IMPORT said on a line of its output; empty where the line is of anything else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("seconds"), float) else {}
 
 
 # ---- logs -------------------------------------------------------------------------------------------------------
@@ -328,8 +354,8 @@ def submission_of(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
 
 
 def plain_number(value: Any) -> float | None:
-    """The value, if it is a finite number and nothing else is."""
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    """The value, if it is a number that can be a figure: no bool, none that is not finite or has hundreds of digits."""
+    return value if type(value) in (int, float) and abs(value) < LARGEST else None
 
 
 def check_row(row: dict[str, Any], runs: Sequence[SeedRun], record: bool, code_bytes: int) -> Iterator[Finding]:

@@ -7,7 +7,6 @@ N bytes`, `NAME_exact val_loss:… val_bpb:…`); what it does not say stays Non
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ RECORD_SEEDS = 3
 RECORD_TARGETS = 62_021_632  # of the published validation shards, 1,024 pieces, sequences of 2,048
 RECORD_VOCABULARY = 1024
 MASS_TOLERANCE = 1e-4
+LARGEST = 1e100  # no figure comes near it; integers of hundreds of digits overflow in a quotient
 FINAL = "final_int8_zlib_roundtrip_exact"
 # Settings in which the runs of one configuration may differ: the seed, where files lie, and how a process behaves.
 OF_THE_RUN = frozenset({
@@ -126,8 +126,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def with_a_fixed_name(row: dict[str, Any]) -> dict[str, Any]:
     """The row as it is, or of older code, which wrote `step:7/20` and `track:adaptive` as names of events."""
     name, _, value = row["event"].partition(":")
-    if name == "step" and value.partition("/")[0].isdecimal():
-        return {**row, "event": "step", "step": int(value.partition("/")[0])}
+    if name == "step" and (step := re.match(rf"{WHOLE}(?:/|$)", value)):
+        return {**row, "event": "step", "step": int(step[1])}
     return {**row, "event": "track", "track": value} if name == "track" and value else row
 
 
@@ -137,9 +137,10 @@ def run_of_rows(path: Path, rows: Sequence[dict[str, Any]]) -> SeedRun:
     def value(row: dict[str, Any], name: str, *kinds: type) -> Any:
         """A field of one of these kinds, or None where there is none."""
         found = row.get(name)
-        if found is None or (type(found) in kinds and (type(found) is not float or math.isfinite(found))):
+        is_number, fits = type(found) in (int, float), type(found) in kinds
+        if found is None or (fits and (not is_number or abs(found) < LARGEST)):
             return found
-        wanted = "finite number" if float in kinds else kinds[0].__name__
+        wanted = "finite number" if float in kinds or fits else kinds[0].__name__
         raise LogError(
             f"{path}: {name} of {row['event']!r} is {found!r:.40}, no {wanted}; take the log as it was written"
         )

@@ -263,6 +263,26 @@ def test_runs_of_other_code_or_data_are_refused_or_said(tmp_path: Path, capsys: 
     assert len(report(out)["code"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("what", "edit"),
+    [("code", "Path(__file__).open('a').write('#')"), ("data", "Path(os.environ['DATA_PATH'], 'x.bin').touch()")],
+)
+def test_a_run_does_not_begin_with_other_code_or_data_than_the_sweep(
+    what: str, edit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, data, out = tmp_path / "train.py", tmp_path / "data", tmp_path / "out"
+    ending = "sys.exit(main())"
+    text = FAKE.read_text(encoding="utf-8")
+    assert text.count(ending) == 1
+    script.write_text(text.replace(ending, f"code = main()\n    {edit}\n    sys.exit(code)"), encoding="utf-8")
+    data.mkdir()
+    options = ["--variant", "LEAKY_SLOPE=0.5", "--env", f"DATA_PATH={data}", "--script", script]
+    assert run(out, *options, seeds="1,2") == 1
+    assert f"seed 2: FAILED, changed since the sweep began: {what} was " in capsys.readouterr().out
+    assert [path.parent.name for path in out.rglob("sweep.json")] == ["seed1"]
+    assert rows_of(out)["LEAKY_SLOPE=0.5"]["n"] == 1
+
+
 def test_runs_that_score_another_text_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
     monkeypatch.setenv("FAKE_TEXT", "f" * 16)

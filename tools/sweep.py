@@ -283,9 +283,15 @@ class Runner:
         return machine | {"OMP_NUM_THREADS": str(self.threads)} | dict(run.variant.settings) | own
 
     def run_one(self, run: Run, code: str, data: str) -> Run:
-        """Run, or go on with, one run; `error` of the run is "" afterwards if it finished."""
+        """Run, or go on with, one run; `error` of the run is "" afterwards if it finished.
+
+        `code` and `data` are digests of when the sweep began: a run of others is not begun.
+        """
         began, record = time.monotonic(), run.record()
         try:
+            run.error = self._changed_since(code, data, run.variant)
+            if run.error:
+                return run
             run.folder.mkdir(parents=True, exist_ok=True)
             run.write_record(
                 name=run.variant.name, seed=run.seed, settings=dict(run.variant.settings),
@@ -304,6 +310,16 @@ class Runner:
         except OSError as error:
             run.error = f"{error.filename or run.folder}: {error.strerror or error}"
         return run
+
+    def _changed_since(self, code: str, data: str, variant: Variant) -> str:
+        """Whether what a run would execute or read now has other digests than these, in a sentence; else empty."""
+        try:
+            now = dict(code=(code, code_digest(self.script)), data=(data, data_digest(variant.settings, self.script)))
+        except SweepError as error:
+            return f"its data changed since the sweep began: {error}"
+        changed = [f"{what} was {then}, now it is {found}" for what, (then, found) in now.items() if then != found]
+        advice = "undo that and start again, or choose another --out, or --mixed to compare them all the same"
+        return f"changed since the sweep began: {' and '.join(changed)}; {advice}" if changed else ""
 
     def _wait_for(self, run: Run, console: Any) -> int:
         with self.guard:
@@ -465,7 +481,7 @@ def sweep(args: argparse.Namespace) -> int:
             runner.run_all([run for run in runs if run.state != "done"], runs, code, data)
             if args.equal_time:
                 again = equal_time_variants(outcomes_of(runs, args.stage), baseline)
-                data |= {each.name: data_digest(each.settings, script) for each in again}
+                data |= {each.name: data[each.name.removesuffix(EQUAL_TIME)] for each in again}  # only steps differ
                 more_runs = [Run.of(variant, seed, args.out.resolve()) for seed in args.seeds for variant in again]
                 runs += more_runs
                 runner.run_all([run for run in more_runs if run.state != "done"], runs, code, data)

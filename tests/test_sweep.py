@@ -112,6 +112,19 @@ def test_a_setting_that_train_gpt_refuses_is_found_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("names", [("a b", "a_b"), ("x" * 60 + "1", "x" * 60 + "2")])
+def test_two_variants_never_share_a_folder(
+    names: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = [f"{name}: KG_PATH=place{number}" for number, name in enumerate(names)]
+    options = ["--script", FAKE, "--out", tmp_path / "out", "--variant", variants[0], "--variant", variants[1]]
+    assert_refused(capsys, sweep.main, options, *map(repr, names), "name")
+    assert not (tmp_path / "out").exists()
+    settings = [f"{name}: LEAKY_SLOPE=0.{number}" for number, name in enumerate(names)]  # these have their own
+    assert run(tmp_path / "out", "--variant", settings[0], "--variant", settings[1], seeds="1") == 0
+    assert len(list((tmp_path / "out").rglob("run.jsonl"))) == 2
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "bench").glob("*.txt")), ids=lambda path: path.stem)
 def test_the_studies_that_are_kept_are_made_of_settings_that_exist(path: Path) -> None:
     for settings in settings_of("--variants", str(path)).values():

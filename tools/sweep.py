@@ -231,6 +231,21 @@ class Run:
         return "done" if self.last_row().get("event") == FINAL else "begun" if self.log.exists() else "missing"
 
 
+def runs_of(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Run]:
+    """Every variant with every seed. Raises SweepError where two variants would have one folder.
+
+    That can be where they differ in nothing but places of files, and their names in no letter that a folder's has.
+    """
+    runs = [Run.of(variant, seed, out.resolve()) for seed in seeds for variant in variants]
+    names: dict[Path, str] = {}
+    for run in runs:
+        other, own = names.setdefault(run.folder, run.variant.name), run.variant.name
+        if other != own:
+            where = f"the variants {other!r} and {own!r} would both be run in {run.folder.parent.name}"
+            raise SweepError(f"{where}; give one of them a name that differs within the first 60 letters (--variant)")
+    return runs
+
+
 def code_digest(script: Path) -> str:
     """As a run of the script calls its code: the first 16 hex digits of the SHA-256 over its files."""
     files = (script.parent / name for name in (script.name, *train_gpt.CODE_FILES[1:]))
@@ -464,7 +479,7 @@ def sweep(args: argparse.Namespace) -> int:
     variants = choose_variants(args)
     script, baseline = args.script.resolve(), variants[0].name
     code, data = code_digest(script), {each.name: data_digest(each.settings, script) for each in variants}
-    runs = [Run.of(variant, seed, args.out.resolve()) for seed in args.seeds for variant in variants]
+    runs = runs_of(variants, args.seeds, args.out)
     mixed = check_alike(runs, code, data)
     if args.list:
         print_list(variants, runs, [f"MIXED: {text}" for text in mixed])
@@ -482,7 +497,7 @@ def sweep(args: argparse.Namespace) -> int:
             if args.equal_time:
                 again = equal_time_variants(outcomes_of(runs, args.stage), baseline)
                 data |= {each.name: data[each.name.removesuffix(EQUAL_TIME)] for each in again}  # only steps differ
-                more_runs = [Run.of(variant, seed, args.out.resolve()) for seed in args.seeds for variant in again]
+                more_runs = runs_of(again, args.seeds, args.out)
                 runs += more_runs
                 runner.run_all([run for run in more_runs if run.state != "done"], runs, code, data)
         finally:

@@ -234,6 +234,36 @@ def test_a_failed_run_is_named_with_its_last_line_the_others_go_on_and_it_is_rep
     assert report(tmp_path)["missing"] == []
 
 
+@pytest.mark.parametrize("event", ["total_bytes", "config"])
+def test_a_finished_run_whose_log_lacks_a_row_is_run_again(
+    event: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1,2") == 0
+    bad, good = sorted(tmp_path.rglob("run.jsonl"))
+    lines = [line for line in bad.read_text().splitlines(keepends=True) if json.loads(line)["event"] != event]
+    bad.write_text("".join(lines))
+    written = good.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", "--list", seeds="1,2") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["unusable", "done"]
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1,2") == 0
+    assert rows_of(tmp_path)["LEAKY_SLOPE=0.5"]["n"] == 2
+    (aside,) = tmp_path.glob("*/unusable1-seed1/logs/run.jsonl")
+    assert aside.read_text() == "".join(lines)
+    assert good.stat().st_mtime_ns == written
+
+
+def test_a_stage_that_no_run_has_is_said_and_nothing_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
+    (log,) = tmp_path.rglob("run.jsonl")
+    written = log.stat().st_mtime_ns
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", "--stage", "ttt", seeds="1") == 1
+    assert "compare another stage" in capsys.readouterr().out
+    assert log.stat().st_mtime_ns == written
+
+
 def test_the_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--set", "LEAKY_SLOPE=0.5,0.75", seeds="1") == 0
     before = sorted(tmp_path.rglob("*"))

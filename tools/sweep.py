@@ -230,6 +230,20 @@ class Run:
         """done, begun or missing."""
         return "done" if self.last_row().get("event") == FINAL else "begun" if self.log.exists() else "missing"
 
+    def unusable(self) -> str:
+        """Why there are no figures in the log of a finished run; empty where there are, or it is not finished."""
+        if self.state == "done":
+            try:
+                read_figures(self.log, "final")
+            except LogError as error:
+                return str(error)
+        return ""
+
+    def set_aside(self) -> Path:
+        """Rename the folder, so that the run is missing; returns what it is now. Raises OSError."""
+        names = (self.folder.with_name(f"unusable{number}-{self.folder.name}") for number in itertools.count(1))
+        return self.folder.rename(next(name for name in names if not name.exists()))
+
 
 def runs_of(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Run]:
     """Every variant with every seed. Raises SweepError where two variants would have one folder.
@@ -244,6 +258,14 @@ def runs_of(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> lis
             where = f"the variants {other!r} and {own!r} would both be run in {run.folder.parent.name}"
             raise SweepError(f"{where}; give one of them a name that differs within the first 60 letters (--variant)")
     return runs
+
+
+def runs_to_do(runs: Sequence[Run]) -> list[Run]:
+    """Those that are not finished, and those whose log cannot be used, which is moved aside and said. Raises OSError."""
+    for run in runs:
+        if why := run.unusable():
+            print(f"{run.label}: {why}; it is run again, what it left is in {run.set_aside()}", flush=True)
+    return [run for run in runs if run.state != "done"]
 
 
 def code_digest(script: Path) -> str:
@@ -493,13 +515,13 @@ def sweep(args: argparse.Namespace) -> int:
             raise SweepError(f"{args.out}: a sweep, or a run that it started, goes on there; wait for it or end it")
         runner = Runner(script, args.jobs, args.threads, lock, args.keep_checkpoints)
         try:
-            runner.run_all([run for run in runs if run.state != "done"], runs, code, data)
+            runner.run_all(runs_to_do(runs), runs, code, data)
             if args.equal_time:
                 again = equal_time_variants(outcomes_of(runs, args.stage), baseline)
                 data |= {each.name: data[each.name.removesuffix(EQUAL_TIME)] for each in again}  # only steps differ
                 more_runs = runs_of(again, args.seeds, args.out)
                 runs += more_runs
-                runner.run_all([run for run in more_runs if run.state != "done"], runs, code, data)
+                runner.run_all(runs_to_do(more_runs), runs, code, data)
         finally:
             print(make_report(runs, baseline, args, mixed))
     return int(any(run.error or run.state != "done" for run in runs))

@@ -326,13 +326,15 @@ def test_a_run_does_not_begin_with_other_code_or_data_than_the_sweep(
     assert rows_of(out)["LEAKY_SLOPE=0.5"]["n"] == 1
 
 
-def test_runs_that_score_another_text_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_another_text_machine_or_dtype_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
     monkeypatch.setenv("FAKE_TEXT", "f" * 16)
+    monkeypatch.setenv("FAKE_DTYPE", "bf16")
     assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", "--threads", 2, seeds="1,2") == 0
     notes = report(tmp_path)["notes"]
     assert any(note.startswith("MIXED") and "f" * 16 in note for note in notes)
     assert any("threads: 1 and 2" in note for note in notes)
+    assert any("compute_dtype: bf16 and fp32" in note for note in notes)
 
 
 def test_equal_time_gives_a_slower_variant_fewer_steps(tmp_path: Path) -> None:

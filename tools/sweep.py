@@ -261,7 +261,7 @@ def runs_of(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> lis
 
 
 def runs_to_do(runs: Sequence[Run]) -> list[Run]:
-    """Those that are not finished, and those whose log cannot be used, which is moved aside and said. Raises OSError."""
+    """Those that are not finished, and those with an unusable log, which is moved aside and said. Raises OSError."""
     for run in runs:
         if why := run.unusable():
             print(f"{run.label}: {why}; it is run again, what it left is in {run.set_aside()}", flush=True)

@@ -40,9 +40,12 @@ def read_figures(path: Path, stage: str) -> dict[str, Any]:
     if val_bpb is None:
         raise LogError(f"{path} has no score of the stage {stage}; compare another stage")
     assert run.train_s is not None
+    # Where it is `auto` the machine decides, and the row `config` says how; a restart may have decided otherwise.
+    dtypes = sorted({str(each["compute_dtype"]) for each in run.settings if "compute_dtype" in each})
+    environment = run.environment | ({"compute_dtype": "+".join(dtypes)} if dtypes else {})
     return dict(
         val_bpb=val_bpb, steps=run.steps, train_time_s=run.train_s, eval_time_s=run.eval_s, valid=run.valid,
-        bytes_total=run.total_bytes, step_s=run.train_s / max(run.steps or 0, 1), environment=run.environment,
+        bytes_total=run.total_bytes, step_s=run.train_s / max(run.steps or 0, 1), environment=environment,
         validation=run.text, warmdown=warmdown,
     )  # fmt: skip
 

@@ -810,13 +810,15 @@ def follow(paths: Sequence[Path], out: Path, every_s: float) -> list[Run]:
     """Write the page whenever a log has grown, until every run has its final row. Raises ReportError or LogError."""
     before: list[int] = []
     while True:
+        # Taken before the logs are read: a row that comes in between changes them at the next look.
+        now = [path.stat().st_size if path.is_file() else 0 for path in paths]
         runs = read_runs(paths, may_be_empty=True)
-        now = [run.path.stat().st_size for run in runs]
-        if now != before:
+        finished = all(run.finished for run in runs)
+        if now != before or finished:  # a final row may have come since the sizes were taken
             write_page(page(runs, every_s), out)
-        before = now
-        if all(run.finished for run in runs):
+        if finished:
             return runs
+        before = now
         time.sleep(every_s)
 
 

@@ -33,7 +33,8 @@ def main() -> int:
 
         resumed = os.environ["RESUME"] == "auto" and saved.exists()
         row("environment", python="3", torch="2", world_size=1, threads=int(os.environ["OMP_NUM_THREADS"]))
-        row("config", seed=int(seed), warmdown_iters=int(number("WARMDOWN_ITERS", 50)))
+        dtype = os.environ.get("FAKE_DTYPE", "fp32")
+        row("config", seed=int(seed), warmdown_iters=int(number("WARMDOWN_ITERS", 50)), compute_dtype=dtype)
         row("validation", targets=1000, bytes=2400, digest=os.environ.get("FAKE_TEXT", "0123456789abcdef"))
         if resumed:
             row("resumed", step=1)

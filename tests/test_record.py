@@ -491,6 +491,20 @@ def test_fewer_seeds_and_partial_scores_are_no_record(tmp_path: Path, capsys: py
     assert_refused(capsys, record.main, summary_of([path, two[0]], out, *NON_RECORD), "part of the validation split")
 
 
+def test_seeds_may_differ_in_where_files_lie_and_how_a_process_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (*train_gpt.PLACE_FIELDS, *train_gpt.PROCESS_FIELDS)
+
+    def at(place: str, **more: str) -> Change:
+        return lambda rows: row_of(rows, "config").update(dict.fromkeys(names, place) | more)
+
+    out, logs = tmp_path / "s.json", [write_log(tmp_path, seed, at(f"disk{seed}")) for seed in LOSSES]
+    assert summarize(logs, out)["seeds"] == [42, 1337, 2025]
+    write_log(tmp_path, 2025, at("disk2025", kg_path=""))  # which is the graph in kg_data.py
+    assert_refused(capsys, record.main, summary_of(logs, out), "train_seed2025", "KG_PATH=''", "'disk")
+
+
 def row_of(rows: list[dict[str, Any]], event: str) -> dict[str, Any]:
     return next(row for row in rows if row["event"] == event)
 
@@ -511,6 +525,7 @@ SPOILT: dict[str, tuple[Change, tuple[str, ...]]] = {
     "code": (lambda rows: row_of(rows, "code_bytes").update(bytes=7), ("code bytes=", "7")),
     "no number": (lambda rows: rows[-1].update(val_loss=math.nan), ("val_loss", "nan", "no finite number")),
     "text": (lambda rows: row_of(rows, "total_bytes").update(bytes="many"), ("bytes", "'many'", "no int")),
+    "digits": (lambda rows: rows[5].update(train_time_ms=10**400), ("train_time_ms", "1000", "no finite number")),
     "setting": (lambda rows: row_of(rows, "config").update(matrix_lr=0.5), ("MATRIX_LR=", "0.5", "0.027")),
     "setting absent": (lambda rows: row_of(rows, "config").pop("beta1"), ("BETA1=", "0.9", "None")),
     "restart": (
@@ -627,6 +642,11 @@ def edit_row(**changes: Any) -> Callable[[Path], Any]:
     return edit
 
 
+def results_with(**figures: Any) -> dict[str, dict[str, Any]]:
+    """seed_results with the right val_bpb, and these figures."""
+    return {str(seed): {"val_bpb": loss / 1.69, **figures} for seed, loss in LOSSES.items()}
+
+
 def edit_log(seed: int, change: Change) -> Callable[[Path], Any]:
     return lambda folder: write_log(folder, seed, change)
 
@@ -658,8 +678,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "code too large": (sized_script(250_000), ("bytes", "16,050,02", "at most 16,000,000")),
     "no JSON": (put("submission.json", "{"), ("submission.json", "no JSON")),
     "list": (put("submission.json", "[]"), ("submission.json", "a list")),
+    "no field": (put("submission.json", "{}"), ("submission.json", "empty object")),
     "nested score": (edit_row(val_bpb={"mean": 1.1}), ("val_bpb is {'mean': 1.1}", "plain number")),
     "score as text": (edit_row(val_loss="1.9"), ("val_loss is '1.9'", "plain number")),
+    "score of 400 digits": (edit_row(val_loss=10**400), ("val_loss is 1000", "plain number")),
     "no score": (edit_row(val_bpb=None), ("val_bpb is missing",)),
     "no author": (edit_row(author=None), ("author is None", "text")),
     "date": (edit_row(date="21 November"), ("date is '21 November'", "YYYY-MM-DD")),
@@ -668,9 +690,38 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "other seeds": (edit_row(seeds=[1, 2, 3]), ("seeds [1, 2, 3]", "42, 1337, 2025")),
     "results as list": (edit_row(seed_results=[1]), ("seed_results is [1]",)),
     "another score": (edit_row(val_bpb=1.1), ("val_bpb is 1.1", "the mean over the seeds 1.125")),
+    "another loss": (edit_row(val_loss=1.8), ("val_loss is 1.8", "the mean over the seeds 1.902")),
     "a seed's score": (
         edit_row(seed_results={str(seed): {"val_bpb": 1.1} for seed in LOSSES}),
         ("seed 42 has val_bpb 1.1", "its log 1.126"),
+    ),
+    "a seed's loss": (
+        edit_row(seed_results=results_with(val_loss=1.8)),
+        ("seed 42 has val_loss 1.8", "its log 1.9034"),
+    ),
+    "a seed's loss as text": (
+        edit_row(seed_results=results_with(val_loss="1.9")),
+        ("seed_results[42] has val_loss '1.9'", "no plain number"),
+    ),
+    "the best seed's score": (
+        edit_row(seed_results=None, val_bpb=min(LOSSES.values()) / 1.69),
+        ("val_bpb is 1.1247", "the mean over the seeds 1.125"),
+    ),
+    "the best seed's loss": (
+        edit_row(seed_results=None, val_loss=min(LOSSES.values())),
+        ("val_loss is 1.9008", "the mean over the seeds 1.902"),
+    ),
+    "a stage of one seed": (
+        edit_row(seed_results=None, val_bpb=(min(LOSSES.values()) + 0.01) / 1.69),
+        ("val_bpb is 1.1306", "the mean over the seeds 1.125"),
+    ),
+    "a seed left out": (
+        lambda folder: write_log(folder, 7),
+        ("train_seed7.jsonl is of seed 7", "seed_results leaves out"),
+    ),
+    "a seed left out of seeds": (
+        lambda folder: (write_log(folder, 7), edit_row(seed_results=None)(folder)),
+        ("train_seed7.jsonl is of seed 7", "seeds leaves out"),
     ),
     "bytes claimed": (edit_row(bytes_total=15_000_000), ("bytes_total is 15,000,000", "have 15,800,022")),
     "code claimed": (edit_row(bytes_code=3), ("bytes_code is 3", "22 bytes")),
@@ -689,8 +740,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unfinished": (edit_log(42, lambda rows: rows.pop()), ("train_seed42.jsonl", "did not finish")),
     **{
         name: (edit_log(42, SPOILT[name][0]), SPOILT[name][1])
-        for name in ("verdict", "mass", "training", "evaluation", "hardware", "setting", "restart", "other targets",
-                     "other bytes", "other text", "code")
+        for name in ("verdict", "mass", "digits", "training", "evaluation", "hardware", "setting", "restart",
+                     "other targets", "other bytes", "other text", "code")
     },
 }  # fmt: skip
 
@@ -702,6 +753,21 @@ def test_what_a_reviewer_would_refuse_is_refused(name: str, good: Path, capsys: 
     code, refusals, _ = check(good, capsys)
     assert code == 1
     assert [line for line in refusals if all(word in line for word in words)], refusals
+
+
+def test_a_stage_may_be_claimed_as_the_mean_of_all_seeds_or_of_the_only_one(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_row(seed_results=None)(good)
+    for losses in ([*LOSSES.values()], [LOSSES[1337]]):
+        for seed in set(LOSSES) - {1337} if len(losses) == 1 else ():
+            (good / f"train_seed{seed}.jsonl").unlink()
+            (good / f"train_seed{seed}.log").unlink()
+        for loss in (statistics.fmean(losses), statistics.fmean(losses) + 0.01):
+            edit_row(val_loss=loss, val_bpb=loss / 1.69)(good)
+            assert check(good, capsys, *NON_RECORD)[:2] == (0, [])
+        edit_row(val_loss=losses[0] - 0.01)(good)
+        assert check(good, capsys, *NON_RECORD)[0] == 1
 
 
 def test_what_the_folder_does_not_say_is_unknown(good: Path, capsys: pytest.CaptureFixture[str]):
@@ -800,7 +866,7 @@ def test_faults_of_somebody_elses_logs_are_refused(change, words, good: Path, ca
     assert [line for line in refusals if all(word in line for word in words)], refusals
 
 
-ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan)
+ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan, 10**400)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -827,12 +893,29 @@ odd_exact val_loss:1.2 val_bpb:1.3
 
 
 def test_files_of_any_content_end_in_a_line_and_not_in_a_traceback(good: Path, capsys: pytest.CaptureFixture[str]):
-    for text in ("[" * 100_000, "null", "", "\0", "x = " + "(" * 5000, '{"event": 1}', ODD_LOG):
+    odd_step = f'{{"event": "step:{"9" * 5000}/2"}}'
+    for text in ("[" * 100_000, "null", "", "\0", "x = " + "(" * 5000, '{"event": 1}', odd_step, ODD_LOG):
         for name in ("submission.json", "train_seed42.jsonl", "train_seed7.log", "train_gpt.py", "README.md"):
             before = (good / name).read_bytes() if (good / name).exists() else b""
             (good / name).write_text(text)
             assert check(good, capsys)[0] in (0, 1)
             (good / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import_module(name)", "import_module(a.name)", "import_module('/')", "import_module('..')", "from . import x",
+     f"import {'x' * 400}"],
+)  # fmt: skip
+def test_an_import_that_names_no_file_leads_to_none(
+    line: str, good: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{SCRIPT}def f(import_module, name, a):\n    {line}\n"
+    (good / "train_gpt.py").write_text(text)
+    monkeypatch.chdir(good)
+    for folder in (".", str(good)):
+        assert record.main(["check", folder, "--no-import"]) == 1  # the logs begin with other source
+        assert f"ok       code: {len(text):,} bytes of code, in train_gpt.py\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -843,6 +926,9 @@ def test_files_of_any_content_end_in_a_line_and_not_in_a_traceback(good: Path, c
         ("import declared_package\n", "unknown", ("declared_package", "install it here")),
         ("open('left', 'w').close()\n", "REFUSED", ("leaves files behind: left",)),
         ("raise SystemExit(0)\n", "REFUSED", ("ends the process",)),
+        ("print('hello')\n", "REFUSED", ("prints 'hello'",)),
+        ("print('hello')\nraise SystemExit(0)\n", "REFUSED", ("ends the process",)),
+        ("import atexit\natexit.register(print, 1)\n", "REFUSED", ("prints '1'",)),
         ("import os\nos.environ['DATA_PATH']\n", "REFUSED", ("KeyError", "DATA_PATH")),
     ],
 )

@@ -406,6 +406,28 @@ def test_a_run_is_followed_until_its_final_row(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}"
 
 
+@pytest.mark.parametrize("moment", ["after the first look", "before the second"])
+def test_the_final_row_is_on_the_page_whenever_it_comes(moment, tmp_path, monkeypatch):
+    """Also where the log grows between the look at its size and the reading of its rows."""
+    rows, out = log_rows(), tmp_path / "report.html"
+    log, read, looks = write_log(tmp_path / "run.jsonl", rows[:12]), run_report.read_runs, []
+
+    def reading(paths, may_be_empty=False):
+        looks.append(len(looks))
+        if moment == "before the second" and len(looks) == 2:
+            write_log(log, rows)
+        runs = read(paths, may_be_empty)
+        if moment == "after the first look" and len(looks) == 1:
+            write_log(log, rows)
+        return runs
+
+    monkeypatch.setattr(run_report, "read_runs", reading)
+    monkeypatch.setattr(run_report.time, "sleep", lambda _: None)
+    assert run_report.main([str(log), "--out", str(out), "--follow"]) == 0
+    assert len(looks) == 2
+    assert_says(Page(out), rows)
+
+
 def test_following_ends_at_an_interrupt(tmp_path, monkeypatch, capsys):
     log, out = write_log(tmp_path / "run.jsonl", log_rows()[:12]), tmp_path / "report.html"
 

@@ -112,6 +112,19 @@ def test_a_setting_that_train_gpt_refuses_is_found_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("names", [("a b", "a_b"), ("x" * 60 + "1", "x" * 60 + "2")])
+def test_two_variants_never_share_a_folder(
+    names: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = [f"{name}: KG_PATH=place{number}" for number, name in enumerate(names)]
+    options = ["--script", FAKE, "--out", tmp_path / "out", "--variant", variants[0], "--variant", variants[1]]
+    assert_refused(capsys, sweep.main, options, *map(repr, names), "name")
+    assert not (tmp_path / "out").exists()
+    settings = [f"{name}: LEAKY_SLOPE=0.{number}" for number, name in enumerate(names)]  # these have their own
+    assert run(tmp_path / "out", "--variant", settings[0], "--variant", settings[1], seeds="1") == 0
+    assert len(list((tmp_path / "out").rglob("run.jsonl"))) == 2
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "bench").glob("*.txt")), ids=lambda path: path.stem)
 def test_the_studies_that_are_kept_are_made_of_settings_that_exist(path: Path) -> None:
     for settings in settings_of("--variants", str(path)).values():
@@ -221,6 +234,36 @@ def test_a_failed_run_is_named_with_its_last_line_the_others_go_on_and_it_is_rep
     assert report(tmp_path)["missing"] == []
 
 
+@pytest.mark.parametrize("event", ["total_bytes", "config"])
+def test_a_finished_run_whose_log_lacks_a_row_is_run_again(
+    event: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1,2") == 0
+    bad, good = sorted(tmp_path.rglob("run.jsonl"))
+    lines = [line for line in bad.read_text().splitlines(keepends=True) if json.loads(line)["event"] != event]
+    bad.write_text("".join(lines))
+    written = good.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", "--list", seeds="1,2") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["unusable", "done"]
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1,2") == 0
+    assert rows_of(tmp_path)["LEAKY_SLOPE=0.5"]["n"] == 2
+    (aside,) = tmp_path.glob("*/unusable1-seed1/logs/run.jsonl")
+    assert aside.read_text() == "".join(lines)
+    assert good.stat().st_mtime_ns == written
+
+
+def test_a_stage_that_no_run_has_is_said_and_nothing_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
+    (log,) = tmp_path.rglob("run.jsonl")
+    written = log.stat().st_mtime_ns
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", "--stage", "ttt", seeds="1") == 1
+    assert "compare another stage" in capsys.readouterr().out
+    assert log.stat().st_mtime_ns == written
+
+
 def test_the_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--set", "LEAKY_SLOPE=0.5,0.75", seeds="1") == 0
     before = sorted(tmp_path.rglob("*"))
@@ -263,13 +306,35 @@ def test_runs_of_other_code_or_data_are_refused_or_said(tmp_path: Path, capsys: 
     assert len(report(out)["code"]) == 2
 
 
-def test_runs_that_score_another_text_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("what", "edit"),
+    [("code", "Path(__file__).open('a').write('#')"), ("data", "Path(os.environ['DATA_PATH'], 'x.bin').touch()")],
+)
+def test_a_run_does_not_begin_with_other_code_or_data_than_the_sweep(
+    what: str, edit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, data, out = tmp_path / "train.py", tmp_path / "data", tmp_path / "out"
+    ending = "sys.exit(main())"
+    text = FAKE.read_text(encoding="utf-8")
+    assert text.count(ending) == 1
+    script.write_text(text.replace(ending, f"code = main()\n    {edit}\n    sys.exit(code)"), encoding="utf-8")
+    data.mkdir()
+    options = ["--variant", "LEAKY_SLOPE=0.5", "--env", f"DATA_PATH={data}", "--script", script]
+    assert run(out, *options, seeds="1,2") == 1
+    assert f"seed 2: FAILED, changed since the sweep began: {what} was " in capsys.readouterr().out
+    assert [path.parent.name for path in out.rglob("sweep.json")] == ["seed1"]
+    assert rows_of(out)["LEAKY_SLOPE=0.5"]["n"] == 1
+
+
+def test_runs_of_another_text_machine_or_dtype_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
     monkeypatch.setenv("FAKE_TEXT", "f" * 16)
+    monkeypatch.setenv("FAKE_DTYPE", "bf16")
     assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", "--threads", 2, seeds="1,2") == 0
     notes = report(tmp_path)["notes"]
     assert any(note.startswith("MIXED") and "f" * 16 in note for note in notes)
     assert any("threads: 1 and 2" in note for note in notes)
+    assert any("compute_dtype: bf16 and fp32" in note for note in notes)
 
 
 def test_equal_time_gives_a_slower_variant_fewer_steps(tmp_path: Path) -> None:

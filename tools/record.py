@@ -42,6 +42,7 @@ from record_check import FOLDER_NAME, TO_FILL_IN, TO_WRITE, RecordError, import_
 from record_fold import LIMIT_BYTES, PROGRAM, READABLE
 from record_logs import (
     BUDGET_S,
+    OF_THE_RUN,
     RECORD_SEEDS,
     RECORD_TARGETS,
     SIZE_LIMIT_BYTES,
@@ -59,11 +60,9 @@ PLACES = {
     "tokenizer_path": "../../../data/tokenizers/fineweb_1024_bpe.model",
 }
 NEEDED = ("torch", "numpy", "sentencepiece", "zstandard", "safetensors")  # by a run
-# Settings that say where and how a process runs, not what it computes.
-OF_THE_PLACE = (
-    "seed", "run_id", "out_dir", "resume", "data_path", "tokenizer_path", "artifact", "checkpoint_seconds",
-    "checkpoint_keep", "join_seconds", "recipe",
-)  # fmt: skip
+# Settings that README's command leaves out: where and how a process runs, not what it computes. KG_PATH stays, since
+# without it the run would take another graph, the one in kg_data.py.
+NOT_IN_COMMAND = (OF_THE_RUN - {"kg_path"}) | {"recipe"}
 
 
 # ---- the folder's files -------------------------------------------------------------------------------------------
@@ -370,7 +369,7 @@ def technique_of(run: SeedRun, settings: Mapping[str, Any]) -> str:
 
 def changed_settings(run: SeedRun, settings: Mapping[str, Any]) -> list[str]:
     """As environment variables, what a run computed with that the given settings have otherwise."""
-    values = {name: value for name, value in run.settings[0].items() if name not in OF_THE_PLACE}
+    values = {name: value for name, value in run.settings[0].items() if name not in NOT_IN_COMMAND}
     unlike = [name for name, value in values.items() if name in settings and settings[name] != value]
     return [f"{name.upper()}={as_variable(values[name])}" for name in unlike]
 

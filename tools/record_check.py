@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import os
 import re
 import shutil
@@ -23,6 +22,8 @@ from typing import Any
 import record_fold
 from record_fold import LIMIT_BYTES, MODULES, PROGRAM, READABLE
 from record_logs import (
+    FINAL,
+    LARGEST,
     RECORD_SEEDS,
     SIZE_LIMIT_BYTES,
     Finding,
@@ -40,6 +41,7 @@ NOT_IN_THE_IMAGE = ("zstandard", "brotli", "flash_attn", "flash_attn_interface")
 TO_WRITE = "*To be written by the author.*"
 TO_FILL_IN = "*`record.py finish` fills this in.*"
 TOLERANCE = 1.01e-4  # between figures that were rounded to four decimals and the log's
+SCORES = ("val_loss", "val_bpb")  # in the order of `SeedRun.scores`
 OPTIONAL = (  # which most accepted rows have, beside those without which there is no row
     "github_id", "blurb", "track", "val_loss_std", "val_bpb_std", "seeds", "seed_results", "bytes_code", "hardware",
     "versions", "compliance", "technique_summary",
@@ -119,15 +121,27 @@ def check_files(folder: Path, track: str) -> Iterator[Finding]:
 
 # ---- code -------------------------------------------------------------------------------------------------------
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Names of the modules that a file imports, wherever in it, by statement or by a literal name."""
+    """Names of the modules that a file imports, wherever in it, by statement or by a literal name.
+
+    Of a relative import the name without the leading dots; what is no dotted name, such as a variable's, is left out.
+    """
     for node in ast.walk(tree):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            yield from (f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
-            yield str(getattr(node.args[0], "value", ""))
+            names = [node.module or "", *(f"{node.module or ''}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and node.args and called_name(node).endswith("import_module"):
+            named = getattr(node.args[0], "value", None)
+            names = [named] if isinstance(named, str) else []
+        for name in (each.lstrip(".") for each in names):
+            if all(part.isidentifier() for part in name.split(".")):
+                yield name
+
+
+def called_name(call: ast.Call) -> str:
+    """The last part of the name of what is called; empty where it has none."""
+    return getattr(call.func, "attr", "") or getattr(call.func, "id", "")
 
 
 def counted_code(folder: Path) -> Iterator[Path]:
@@ -148,7 +162,8 @@ def counted_code(folder: Path) -> Iterator[Path]:
             parts = name.split(".")
             for count in range(1, len(parts) + 1):
                 module = folder.joinpath(*parts[:count])
-                waiting += [each for each in (module.with_suffix(".py"), module / "__init__.py") if each.is_file()]
+                places = (module.with_suffix(".py"), module / "__init__.py")
+                waiting += [place for place in places if os.path.isfile(place)]  # False for a name that is too long
 
 
 def check_code(folder: Path, script: str, code: Sequence[Path], with_import: bool) -> Iterator[Finding]:
@@ -248,10 +263,23 @@ def import_bare(code: Sequence[Path], with_settings: bool = False, timeout_s: fl
             raise RecordError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
         if left := sorted(os.listdir(elsewhere)):
             raise RecordError(f"its import leaves files behind: {', '.join(left)}")
-        try:
-            return json.loads(done.stdout.splitlines()[-1])
-        except (ValueError, IndexError) as error:
-            raise RecordError("its import ends the process") from error
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        facts = [found for line in lines if (found := facts_on(line))]
+        if not facts:
+            raise RecordError("its import ends the process")
+        if len(lines) > 1:
+            printed = next((line for line in lines if not facts_on(line)), lines[0])
+            raise RecordError(f"its import prints {printed!r:.60}, and has to be quiet")
+        return facts[0]
+
+
+def facts_on(line: str) -> dict[str, Any]:
+    """What IMPORT said on a line of its output; empty where the line is of anything else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("seconds"), float) else {}
 
 
 # ---- logs -------------------------------------------------------------------------------------------------------
@@ -320,12 +348,14 @@ def submission_of(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
         return {}, [refused(name, f"is no JSON ({error}); correct it")]
     if not isinstance(row, dict):
         return {}, [refused(name, f"is a {type(row).__name__}, expected an object of fields; see accepted rows")]
+    if not row:
+        return {}, [refused(name, "is an empty object; see accepted rows for the fields that it needs")]
     return row, []
 
 
 def plain_number(value: Any) -> float | None:
-    """The value, if it is a finite number and nothing else is."""
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    """The value, if it is a number that can be a figure: no bool, none that is not finite or has hundreds of digits."""
+    return value if type(value) in (int, float) and abs(value) < LARGEST else None
 
 
 def check_row(row: dict[str, Any], runs: Sequence[SeedRun], record: bool, code_bytes: int) -> Iterator[Finding]:
@@ -378,33 +408,77 @@ def check_row_sizes(row: dict[str, Any], runs: Sequence[SeedRun], code_bytes: in
 
 
 def check_row_scores(row: dict[str, Any], results: dict[str, Any], runs: Sequence[SeedRun]) -> Iterator[Finding]:
-    """Every score that is claimed stands in a log, and the claimed mean is one."""
-    name, scored = "submission.json", [run for run in runs if run.val_bpb is not None]
+    """Every score that is claimed stands in a log, no seed with a log is left out, and the claimed means are means."""
+    scored = [run for run in runs if run.val_bpb is not None]
     by_seed = {str(run.seed): run for run in scored}
     for seed, result in results.items():
-        claimed, run = plain_number(result.get("val_bpb")), by_seed.get(seed)
+        yield from check_seed_scores(seed, result, by_seed.get(seed))
+    yield from check_seeds_left_out(row, results, scored)
+    for figure in SCORES:
+        yield from check_mean(figure, row, results, scored)
+
+
+def check_seed_scores(seed: str, result: dict[str, Any], run: SeedRun | None) -> Iterator[Finding]:
+    """Whether an entry of seed_results has the figures of that seed's log; it may leave val_loss out."""
+    name = "submission.json"
+    for figure in SCORES:
+        if figure not in result and figure != "val_bpb":
+            continue
+        claimed = plain_number(result.get(figure))
         if claimed is None:
-            yield refused(name, f"seed_results[{seed}] has val_bpb {result.get('val_bpb')!r:.40}, no plain number")
+            yield refused(name, f"seed_results[{seed}] has {figure} {result.get(figure)!r:.40}, no plain number")
         elif run is None:
-            yield unknown(name, f"seed {seed} with val_bpb {claimed}: there is no log of it")
-        elif all(abs(claimed - found) > TOLERANCE for found in bpbs_of(run)):
-            yield refused(name, f"seed {seed} has val_bpb {claimed}, its log {run.val_bpb}; take the log's figure")
+            yield unknown(name, f"seed {seed} with {figure} {claimed}: there is no log of it")
+        elif all(abs(claimed - found) > TOLERANCE for found in scores_of(run, figure).values()):
+            found = getattr(run, figure)
+            yield refused(name, f"seed {seed} has {figure} {claimed}, its log {found}; take the log's figure")
         else:
-            yield ok(name, f"val_bpb of seed {seed} is its log's")
-    claimed = plain_number(row.get("val_bpb"))
+            yield ok(name, f"{figure} of seed {seed} is its log's")
+
+
+def check_seeds_left_out(row: dict[str, Any], results: dict[str, Any], scored: Sequence[SeedRun]) -> Iterator[Finding]:
+    """Whether a log is of a seed that the row does not name: of more seeds than it counts, the best could be chosen."""
+    name, seeds = "submission.json", row.get("seeds")
+    field = "seed_results" if results else "seeds"
+    named = set(results) or {str(seed) for seed in (seeds if isinstance(seeds, list) else [])}
+    for run in scored if named else ():
+        if run.seed is None:
+            yield unknown(name, f"whether {run.path.name} is of one of its seeds: the log does not say")
+        elif str(run.seed) not in named:
+            advice = "count every seed that ran, and take out logs of anything else"
+            yield refused(name, f"{run.path.name} is of seed {run.seed}, which {field} leaves out; {advice}")
+
+
+def check_mean(
+    figure: str, row: dict[str, Any], results: dict[str, Any], scored: Sequence[SeedRun]
+) -> Iterator[Finding]:
+    """Whether the row's figure is the mean of seed_results or, where these do not have it, of the logs."""
+    name, claimed = "submission.json", plain_number(row.get(figure))
     if claimed is None:
         return
-    values = [bpb for result in results.values() if (bpb := plain_number(result.get("val_bpb"))) is not None]
-    means = [statistics.fmean(each) for each in (values, [run.val_bpb or 0 for run in scored]) if each][:1]
-    single = [] if values else [bpb for run in scored for bpb in bpbs_of(run)]
-    if not means:
-        yield unknown(name, f"val_bpb {claimed}: no seed's figure to compare it with")
-    elif all(abs(claimed - found) > TOLERANCE for found in (*means, *single)):
-        yield refused(name, f"val_bpb is {claimed}, the mean over the seeds {means[0]:.6f}; write the mean")
+    told = [value for result in results.values() if (value := plain_number(result.get(figure))) is not None]
+    counted = [run for run in scored if not results or str(run.seed) in results]
+    if told and len(told) == len(results):
+        means = [statistics.fmean(told)]
     else:
-        yield ok(name, f"val_bpb {claimed} is that of the seeds")
+        means = means_of(counted, figure) if len(counted) >= len(results) else []
+    if not means:
+        yield unknown(name, f"{figure} {claimed}: not every seed has a figure to compare it with")
+    elif all(abs(claimed - mean) > TOLERANCE for mean in means):
+        yield refused(name, f"{figure} is {claimed}, the mean over the seeds {means[0]:.6f}; write the mean")
+    else:
+        yield ok(name, f"{figure} {claimed} is that of the seeds")
 
 
-def bpbs_of(run: SeedRun) -> list[float]:
-    """The run's score, and those of its stages."""
-    return [run.val_bpb or 0.0, *(bpb for _, bpb in run.scores.values())]
+def means_of(runs: Sequence[SeedRun], figure: str) -> list[float]:
+    """The means over all runs of their score, and of each stage that every one of them has: of one run its scores."""
+    scores = [scores_of(run, figure) for run in runs]
+    stages = [stage for stage in (scores[0] if scores else ()) if all(stage in each for each in scores)]
+    return [statistics.fmean(each[stage] for each in scores) for stage in stages]
+
+
+def scores_of(run: SeedRun, figure: str) -> dict[str, float]:
+    """The run's score, under the name FINAL, and those of its stages."""
+    pairs = {FINAL: (run.val_loss, run.val_bpb), **run.scores}
+    place = SCORES.index(figure)
+    return {stage: value for stage, pair in pairs.items() if (value := pair[place]) is not None}

@@ -7,7 +7,6 @@ N bytes`, `NAME_exact val_loss:… val_bpb:…`); what it does not say stays Non
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,13 @@ RECORD_SEEDS = 3
 RECORD_TARGETS = 62_021_632  # of the published validation shards, 1,024 pieces, sequences of 2,048
 RECORD_VOCABULARY = 1024
 MASS_TOLERANCE = 1e-4
+LARGEST = 1e100  # no figure comes near it; integers of hundreds of digits overflow in a quotient
 FINAL = "final_int8_zlib_roundtrip_exact"
-OF_THE_SEED = ("seed", "run_id", "out_dir", "resume")  # settings that may differ between the runs of a submission
+# Settings in which the runs of one configuration may differ: the seed, where files lie, and how a process behaves.
+OF_THE_RUN = frozenset({
+    "seed", "data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id", "checkpoint_seconds",
+    "checkpoint_keep", "resume", "join_seconds",
+})  # fmt: skip
 LOG_STARTS = "===== log =====\n"  # what follows the sources in a text log of this project
 
 
@@ -122,8 +126,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def with_a_fixed_name(row: dict[str, Any]) -> dict[str, Any]:
     """The row as it is, or of older code, which wrote `step:7/20` and `track:adaptive` as names of events."""
     name, _, value = row["event"].partition(":")
-    if name == "step" and value.partition("/")[0].isdecimal():
-        return {**row, "event": "step", "step": int(value.partition("/")[0])}
+    if name == "step" and (step := re.match(rf"{WHOLE}(?:/|$)", value)):
+        return {**row, "event": "step", "step": int(step[1])}
     return {**row, "event": "track", "track": value} if name == "track" and value else row
 
 
@@ -133,9 +137,10 @@ def run_of_rows(path: Path, rows: Sequence[dict[str, Any]]) -> SeedRun:
     def value(row: dict[str, Any], name: str, *kinds: type) -> Any:
         """A field of one of these kinds, or None where there is none."""
         found = row.get(name)
-        if found is None or (type(found) in kinds and (type(found) is not float or math.isfinite(found))):
+        is_number, fits = type(found) in (int, float), type(found) in kinds
+        if found is None or (fits and (not is_number or abs(found) < LARGEST)):
             return found
-        wanted = "finite number" if float in kinds else kinds[0].__name__
+        wanted = "finite number" if float in kinds or fits else kinds[0].__name__
         raise LogError(
             f"{path}: {name} of {row['event']!r} is {found!r:.40}, no {wanted}; take the log as it was written"
         )
@@ -336,8 +341,12 @@ def judge_together(runs: Sequence[SeedRun]) -> Iterator[Finding]:
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """The first field in which two differ, unless it is one of the seed; empty where they are alike."""
+    """The first field in which two differ, unless it is one of OF_THE_RUN; empty where they are alike."""
     for name in sorted(set(ours) | set(theirs)):
-        if name.lower() not in OF_THE_SEED and ours.get(name) != theirs.get(name):
-            return f"{name}={ours.get(name)!r:.80}, but {theirs.get(name)!r:.80}"
+        our, their = ours.get(name), theirs.get(name)
+        may_differ = name.lower() in OF_THE_RUN
+        if name.lower() == "kg_path":  # a path is another place, none is another graph: the one in kg_data.py
+            may_differ = bool(our) == bool(their)
+        if our != their and not may_differ:
+            return f"{name}={our!r:.80}, but {their!r:.80}"
     return ""

@@ -28,6 +28,7 @@ import numpy as np
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(REPO))
 from tools import run_figures as figures  # noqa: E402
+from tools.record_logs import OF_THE_RUN  # noqa: E402
 from tools.run_figures import Line  # noqa: E402
 from tools.run_log import FINAL, STAGES, LogError, Points, Run, number, points, shown, whole  # noqa: E402
 
@@ -38,11 +39,6 @@ STAGE_NAMES = {
 BUDGET_S = 600.0  # the contest's, for training and again for evaluation
 LIMIT_BYTES = 16_000_000
 RECORD_TARGETS = 62_021_632  # of the contest's validation split
-# Settings in which the runs of one configuration may differ: the seed, where files lie, and how a process behaves.
-OF_THE_RUN = {
-    "seed", "data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id", "checkpoint_seconds",
-    "checkpoint_keep", "resume", "join_seconds",
-}  # fmt: skip
 MOST_ROWS, MOST_POINTS, MOST_BARS, MOST_LABELS = 200, 1500, 16, 12
 SMALLEST_BAR = 0.005  # of all tensors' bytes; smaller ones share a bar
 NONE = "—"
@@ -814,13 +810,15 @@ def follow(paths: Sequence[Path], out: Path, every_s: float) -> list[Run]:
     """Write the page whenever a log has grown, until every run has its final row. Raises ReportError or LogError."""
     before: list[int] = []
     while True:
+        # Taken before the logs are read: a row that comes in between changes them at the next look.
+        now = [path.stat().st_size if path.is_file() else 0 for path in paths]
         runs = read_runs(paths, may_be_empty=True)
-        now = [run.path.stat().st_size for run in runs]
-        if now != before:
+        finished = all(run.finished for run in runs)
+        if now != before or finished:  # a final row may have come since the sizes were taken
             write_page(page(runs, every_s), out)
-        before = now
-        if all(run.finished for run in runs):
+        if finished:
             return runs
+        before = now
         time.sleep(every_s)
 
 

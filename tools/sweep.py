@@ -230,6 +230,43 @@ class Run:
         """done, begun or missing."""
         return "done" if self.last_row().get("event") == FINAL else "begun" if self.log.exists() else "missing"
 
+    def unusable(self) -> str:
+        """Why there are no figures in the log of a finished run; empty where there are, or it is not finished."""
+        if self.state == "done":
+            try:
+                read_figures(self.log, "final")
+            except LogError as error:
+                return str(error)
+        return ""
+
+    def set_aside(self) -> Path:
+        """Rename the folder, so that the run is missing; returns what it is now. Raises OSError."""
+        names = (self.folder.with_name(f"unusable{number}-{self.folder.name}") for number in itertools.count(1))
+        return self.folder.rename(next(name for name in names if not name.exists()))
+
+
+def runs_of(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Run]:
+    """Every variant with every seed. Raises SweepError where two variants would have one folder.
+
+    That can be where they differ in nothing but places of files, and their names in no letter that a folder's has.
+    """
+    runs = [Run.of(variant, seed, out.resolve()) for seed in seeds for variant in variants]
+    names: dict[Path, str] = {}
+    for run in runs:
+        other, own = names.setdefault(run.folder, run.variant.name), run.variant.name
+        if other != own:
+            where = f"the variants {other!r} and {own!r} would both be run in {run.folder.parent.name}"
+            raise SweepError(f"{where}; give one of them a name that differs within the first 60 letters (--variant)")
+    return runs
+
+
+def runs_to_do(runs: Sequence[Run]) -> list[Run]:
+    """Those that are not finished, and those with an unusable log, which is moved aside and said. Raises OSError."""
+    for run in runs:
+        if why := run.unusable():
+            print(f"{run.label}: {why}; it is run again, what it left is in {run.set_aside()}", flush=True)
+    return [run for run in runs if run.state != "done"]
+
 
 def code_digest(script: Path) -> str:
     """As a run of the script calls its code: the first 16 hex digits of the SHA-256 over its files."""
@@ -283,9 +320,15 @@ class Runner:
         return machine | {"OMP_NUM_THREADS": str(self.threads)} | dict(run.variant.settings) | own
 
     def run_one(self, run: Run, code: str, data: str) -> Run:
-        """Run, or go on with, one run; `error` of the run is "" afterwards if it finished."""
+        """Run, or go on with, one run; `error` of the run is "" afterwards if it finished.
+
+        `code` and `data` are digests of when the sweep began: a run of others is not begun.
+        """
         began, record = time.monotonic(), run.record()
         try:
+            run.error = self._changed_since(code, data, run.variant)
+            if run.error:
+                return run
             run.folder.mkdir(parents=True, exist_ok=True)
             run.write_record(
                 name=run.variant.name, seed=run.seed, settings=dict(run.variant.settings),
@@ -304,6 +347,16 @@ class Runner:
         except OSError as error:
             run.error = f"{error.filename or run.folder}: {error.strerror or error}"
         return run
+
+    def _changed_since(self, code: str, data: str, variant: Variant) -> str:
+        """Whether what a run would execute or read now has other digests than these, in a sentence; else empty."""
+        try:
+            now = dict(code=(code, code_digest(self.script)), data=(data, data_digest(variant.settings, self.script)))
+        except SweepError as error:
+            return f"its data changed since the sweep began: {error}"
+        changed = [f"{what} was {then}, now it is {found}" for what, (then, found) in now.items() if then != found]
+        advice = "undo that and start again, or choose another --out, or --mixed to compare them all the same"
+        return f"changed since the sweep began: {' and '.join(changed)}; {advice}" if changed else ""
 
     def _wait_for(self, run: Run, console: Any) -> int:
         with self.guard:
@@ -448,7 +501,7 @@ def sweep(args: argparse.Namespace) -> int:
     variants = choose_variants(args)
     script, baseline = args.script.resolve(), variants[0].name
     code, data = code_digest(script), {each.name: data_digest(each.settings, script) for each in variants}
-    runs = [Run.of(variant, seed, args.out.resolve()) for seed in args.seeds for variant in variants]
+    runs = runs_of(variants, args.seeds, args.out)
     mixed = check_alike(runs, code, data)
     if args.list:
         print_list(variants, runs, [f"MIXED: {text}" for text in mixed])
@@ -462,13 +515,13 @@ def sweep(args: argparse.Namespace) -> int:
             raise SweepError(f"{args.out}: a sweep, or a run that it started, goes on there; wait for it or end it")
         runner = Runner(script, args.jobs, args.threads, lock, args.keep_checkpoints)
         try:
-            runner.run_all([run for run in runs if run.state != "done"], runs, code, data)
+            runner.run_all(runs_to_do(runs), runs, code, data)
             if args.equal_time:
                 again = equal_time_variants(outcomes_of(runs, args.stage), baseline)
-                data |= {each.name: data_digest(each.settings, script) for each in again}
-                more_runs = [Run.of(variant, seed, args.out.resolve()) for seed in args.seeds for variant in again]
+                data |= {each.name: data[each.name.removesuffix(EQUAL_TIME)] for each in again}  # only steps differ
+                more_runs = runs_of(again, args.seeds, args.out)
                 runs += more_runs
-                runner.run_all([run for run in more_runs if run.state != "done"], runs, code, data)
+                runner.run_all(runs_to_do(more_runs), runs, code, data)
         finally:
             print(make_report(runs, baseline, args, mixed))
     return int(any(run.error or run.state != "done" for run in runs))

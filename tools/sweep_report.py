@@ -26,18 +26,27 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, which everybo
 def read_figures(path: Path, stage: str) -> dict[str, Any]:
     """What is compared of a finished run: `val_bpb` of the stage, steps, seconds and bytes.
 
-    Raises LogError for a log that is missing, damaged, not finished, or has no such stage.
+    Raises LogError for a log that is missing, damaged, not finished, lacks a row, or has no such stage.
     """
     run = read_run(path)
     reached = {**run.scores, FINAL: (run.val_loss, run.val_bpb)}
     val_bpb = next((pair[1] for name, pair in reached.items() if re.fullmatch(STAGES[stage], name)), None)
-    if not run.finished or None in (val_bpb, run.steps, run.train_s, run.total_bytes, run.eval_s):
-        raise LogError(f"{path} is of no finished run with the stage {stage}; run it again, or compare another stage")
+    warmdown = run.settings[0].get("warmdown_iters") if run.settings else None
+    needed = dict(steps=run.steps, seconds=run.train_s, bytes=run.total_bytes, evaluation=run.eval_s, warmdown=warmdown)
+    missing = [name for name, value in needed.items() if value is None]
+    if not run.finished or missing:
+        lacks = f"lacks {' and '.join(missing)}" if missing else "is of no finished run"
+        raise LogError(f"{path} {lacks}; run it again")
+    if val_bpb is None:
+        raise LogError(f"{path} has no score of the stage {stage}; compare another stage")
     assert run.train_s is not None
+    # Where it is `auto` the machine decides, and the row `config` says how; a restart may have decided otherwise.
+    dtypes = sorted({str(each["compute_dtype"]) for each in run.settings if "compute_dtype" in each})
+    environment = run.environment | ({"compute_dtype": "+".join(dtypes)} if dtypes else {})
     return dict(
         val_bpb=val_bpb, steps=run.steps, train_time_s=run.train_s, eval_time_s=run.eval_s, valid=run.valid,
-        bytes_total=run.total_bytes, step_s=run.train_s / max(run.steps or 0, 1), environment=run.environment,
-        validation=run.text, warmdown=run.settings[0]["warmdown_iters"],
+        bytes_total=run.total_bytes, step_s=run.train_s / max(run.steps or 0, 1), environment=environment,
+        validation=run.text, warmdown=warmdown,
     )  # fmt: skip
 
 

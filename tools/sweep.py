@@ -316,7 +316,7 @@ class Runner:
     def environ(self, run: Run) -> dict[str, str]:
         """The whole environment of one run; settings come from the variant alone."""
         machine = {name: value for name, value in os.environ.items() if name not in FIELDS}
-        own = dict(SEED=str(run.seed), RUN_ID="run", OUT_DIR=str(run.folder), RESUME="auto")
+        own = dict(SEED=str(run.seed), RUN_ID="run", OUT_DIR=os.path.relpath(run.folder), RESUME="auto")
         return machine | {"OMP_NUM_THREADS": str(self.threads)} | dict(run.variant.settings) | own
 
     def run_one(self, run: Run, code: str, data: str) -> Run:

@@ -345,7 +345,7 @@ def test_log(tmp_path: Path, changes: dict[str, float], condition: str | None) -
 
 def test_log_of_a_resumed_run() -> None:
     """What was scored, and calibrated, again behind a restart stands there twice; the later row counts."""
-    rows = [*log_rows(calibration_s=0.1)[:-1], *log_rows(calibration_s=0.05)]
+    rows = [*log_rows(calibration_s=0.02)[:-1], *log_rows(calibration_s=0.02)]
     assert audit.check_evaluation_time(rows) == (True, "540.0 s in 1 stages")
     assert audit.check_training_time(rows)[0]
 

@@ -492,7 +492,8 @@ def print_list(variants: Sequence[Variant], runs: Sequence[Run], notes: Sequence
 
     print(f"all: {shown(variants[0], True)}")
     for run in runs:
-        print(f"{run.state:<8} {run.label}: {shown(run.variant, False)}")
+        state = "unusable" if run.unusable() else run.state
+        print(f"{state:<8} {run.label}: {shown(run.variant, False)}")
     print("\n".join([*notes, f"{sum(run.state == 'done' for run in runs)} of {len(runs)} runs are finished"]))
 
 

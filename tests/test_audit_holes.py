@@ -198,7 +198,7 @@ def test_ttt_that_looks_ahead(on_long_streams: Callable[..., set[str]], monkeypa
     honest = train_gpt.ChunkTrainer.train_on
 
     def train_on(self: Any, scorer: Any, targets: range, lr: float) -> None:
-        last = len(scorer.tokens) - 1
+        last = len(scorer.scores)
         honest(self, scorer, range(min(targets.start + ahead, last), min(targets.stop + ahead, last)), lr)
 
     monkeypatch.setattr(train_gpt.ChunkTrainer, "train_on", train_on)

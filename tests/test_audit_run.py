@@ -227,3 +227,17 @@ def test_log_that_leaves_out_a_part_of_the_split() -> None:
     rows[1]["val_bpb"] = 0.49
     assert not audit.check_logged_split(rows, 1000, 2400)[0]
     assert not audit.check_logged_split(rows[:1], 1000, 2400)[0]
+
+
+def test_ranks_that_hang_end_with_their_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "import os, pathlib, time\npathlib.Path(f'pid{os.environ[\"RANK\"]}').write_text(str(os.getpid()))\n"
+    (tmp_path / "train_gpt.py").write_text(f"{lines}print('begun', flush=True)\ntime.sleep(600)\n", encoding="utf-8")
+    monkeypatch.setattr(train_gpt, "CODE_DIR", tmp_path)
+    monkeypatch.setattr(audit_run, "TIMEOUT_S", 10.0)
+    said = audit_run.start(os.environ, tmp_path, ranks=2)
+    assert said.returncode != 0
+    ranks = [int(path.read_text(encoding="utf-8")) for path in tmp_path.glob("pid*")]
+    assert ranks, "none had begun"
+    for rank in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, 0)

@@ -8,13 +8,11 @@ and under audit_watch.py; and for a whole audit as two ranks. A clock outside it
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +30,7 @@ import torch
 import train_gpt
 
 TIMEOUT_S = 1800.0  # of a command that does not end
+GRACE_S = 60.0  # then, for a launcher to end its ranks: they have sessions of their own, and hold the pipe
 # How far, relative to it, the printed score may be from the audit's. One process on a CPU adds in the same order as
 # the audit, in bf16 too; several ranks and CUDA may round otherwise, in bf16 by more, and TTT carries that on.
 SAME_ORDER, OTHER_ORDER = 1e-5, 2e-3
@@ -137,22 +136,16 @@ def start(environ: Mapping[str, str], cwd: Path, before: Sequence[str] = (), ran
     command = [*before, sys.executable, *(launcher if ranks > 1 else []), script]
     arrivals = Arrivals()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, subprocess.Popen(
-        command, env=dict(environ), cwd=cwd, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace",
-        start_new_session=True,
+        command, env=dict(environ), cwd=cwd, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
     ) as process:  # fmt: skip
-        # The launcher's ranks with it: as long as one of them lives, the end of the pipe does not come.
-        kill = functools.partial(os.killpg, process.pid, signal.SIGKILL)
-        timer = threading.Timer(TIMEOUT_S, kill)
-        timer.start()
+        timers = [threading.Timer(TIMEOUT_S, process.terminate), threading.Timer(TIMEOUT_S + GRACE_S, process.kill)]
+        for timer in timers:
+            timer.start()
         assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                arrivals.write(line)
-            code = process.wait()
-        except BaseException:
-            kill()
-            raise
-        finally:
+        for line in process.stdout:
+            arrivals.write(line)
+        code = process.wait()
+        for timer in timers:
             timer.cancel()
         errors.seek(0)
         return Said(arrivals.lines, code, errors.read())

@@ -419,8 +419,7 @@ def bench_config(args: argparse.Namespace, folder: Path) -> train_gpt.Config:
     values: dict[str, Any] = {}
     if args.quick:
         values = train_step.QUICK | dict(
-            train_batch_tokens=512, mtp_num_heads=1, eval_batch_seqs=4, ttt_chunk_tokens=64,
-            ttt_freeze_blocks=1,
+            train_batch_tokens=512, mtp_num_heads=1, eval_batch_seqs=4, ttt_chunk_tokens=64, ttt_freeze_blocks=1,
         )  # fmt: skip
     return train_step.bench_config("swarm", folder, device=args.device, **values)
 

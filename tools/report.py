@@ -30,7 +30,7 @@ sys.path.insert(1, str(REPO))
 import train_gpt  # noqa: E402
 from bench import common  # noqa: E402
 from tools import run_figures  # noqa: E402
-from tools.record_logs import SeedRun, read_run  # noqa: E402
+from tools.record_logs import LogError, SeedRun, read_run  # noqa: E402
 
 RESULTS = REPO / "bench" / "results"
 PICTURE = "docs/results.svg"
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n\n".join("\n".join(write()) for parts in PAGES.values() for write in parts.values()))
             return 0
         made = pages(args.folder)
-    except ReportError as error:
+    except (ReportError, LogError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, text in made.items():

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,6 +85,19 @@ def start(environ: dict[str, str], patch: str, tmp_path: Path, nproc: int = 1, r
     command = torchrun(nproc, script, restarts=restarts) if nproc > 1 else [sys.executable, str(script)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, encoding="utf-8")
+
+
+@contextmanager
+def modules_replaced(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
+    """Imports of these names give these modules in this process; a name with None cannot be imported.
+
+    Other modules that are first imported meanwhile stay. `patch.dict` would drop them, and some of torch's cannot be
+    imported twice in a process: every later test would fail that needs them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        yield
 
 
 def numbers(rows: Iterable[dict[str, Any]]) -> dict[int, tuple]:

@@ -16,6 +16,7 @@ import audit_run
 import audit_watch
 import numpy as np
 import pytest
+from support import modules_replaced
 
 import train_gpt
 
@@ -65,7 +66,7 @@ def start_here(small: audit_run.Small, **more: str) -> audit_run.Said:
     arrivals = audit_run.Arrivals()
     environ = audit_run.environment(small, small.folder / "out", **more)
     printed: Any = redirect_stdout(arrivals)  # pyright: ignore[reportArgumentType]
-    with patch.dict(os.environ, environ, clear=True), patch.dict("sys.modules", {"edited": module}), printed:
+    with patch.dict(os.environ, environ, clear=True), modules_replaced({"edited": module}), printed:
         spec.loader.exec_module(module)
         code = module.main()
     return audit_run.Said(arrivals.lines, code, "")

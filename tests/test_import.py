@@ -8,11 +8,10 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-from support import Run, tiny_environ
+from support import Run, modules_replaced, tiny_environ
 
 import train_gpt
 
@@ -75,7 +74,7 @@ def test_default_model_runs_without_any_optional_package_or_gpu(tmp_path):
 def absent(*packages: str):
     """Blocks the import of these packages, loaded or not, in this process."""
     loaded = {name for name in sys.modules if name.partition(".")[0] in packages}
-    return patch.dict(sys.modules, dict.fromkeys({*loaded, *packages}))
+    return modules_replaced(dict.fromkeys({*loaded, *packages}))
 
 
 @pytest.mark.parametrize(

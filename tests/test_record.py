@@ -869,6 +869,16 @@ def test_faults_of_somebody_elses_logs_are_refused(change, words, good: Path, ca
 ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan, 10**400)
 
 
+def test_what_a_folder_says_steers_no_terminal(good: Path, capsys: pytest.CaptureFixture[str]):
+    red = "\x1b[31m"
+    edit_row(seed_results={red: {}}, compliance={red: False}, track=red)(good)
+    edit_log(42, lambda rows: row_of(rows, "config").update({red: red}))(good)
+    code, refusals, _ = check(good, capsys)
+    assert code == 1
+    assert sum("[31m" in line for line in refusals) >= 3
+    assert not any("\x1b" in line for line in refusals)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_odd_values_end_in_a_line_and_not_in_a_traceback(seed: int, good: Path, capsys: pytest.CaptureFixture[str]):
     source = random.Random(seed)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import run_log
+
 SIZE_LIMIT_BYTES = 16_000_000
 BUDGET_S = 600.0
 RECORD_SEEDS = 3
@@ -41,7 +43,7 @@ class Finding(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.verdict:8} {self.what}: {self.text}"
+        return run_log.shown(f"{self.verdict:8} {self.what}: {self.text}")  # foreign names may steer a terminal
 
 
 def ok(what: object, text: str) -> Finding:

@@ -661,7 +661,7 @@ class TokenLoader:
         self.stream, self.config, self.runtime = stream, config, runtime
         self.plan = BatchPlan.of(config, runtime.world_size)
         set_device = partial(torch.cuda.set_device, runtime.device) if runtime.on_cuda else None
-        self.reader = ThreadPoolExecutor(1, "loader", set_device)  # memory is pinned for a thread's device
+        self.reader = ThreadPoolExecutor(1, "loader", set_device)  # pinned for a thread's device
         self.ahead: dict[int, Future[Tensor]] = {}  # by step, one at most
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -1250,20 +1250,24 @@ def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]
     hopper = on_cuda and torch.cuda.get_device_capability(device)[0] == 9
     possible = {"fa3": hopper, "fa2": on_cuda, "cudnn": on_cuda, "sdpa": True, "auto": True}
     if not possible[choice]:
-        needed = "a Hopper GPU" if choice == "fa3" else "CUDA"
-        raise ConfigError(f"ATTENTION={choice} needs {needed}, and this run is on {device}; use ATTENTION=auto")
+        raise ConfigError(f"ATTENTION={choice} cannot run on {device} (fa3: Hopper alone); use ATTENTION=auto")
     problems = []
     for name, package in (("fa3", "flash_attn_interface"), ("fa3", "kernels"), ("fa2", "flash_attn")):
         if possible[name] and choice in ("auto", name):
             try:
-                return name, flash_attention(package)
+                return name, but_fp32(flash_attention(package))
             except (ImportError, AttributeError) as error:
                 problems.append(f"{package!r} ({error})")
     if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
-        return "cudnn", cudnn_attention
+        return "cudnn", but_fp32(cudnn_attention)
     if choice in ("auto", "sdpa"):
         return "sdpa", sdpa_attention
     raise ConfigError(f"ATTENTION={choice} needs the package {' or '.join(problems)}")
+
+
+def but_fp32(kernel: Attention) -> Attention:
+    """SDPA has fp32, which a kernel for 16 bits lacks."""
+    return lambda q, k, v: (sdpa_attention if q.dtype == torch.float32 else kernel)(q, k, v)
 
 
 def flash_attention(package: str) -> Attention:
@@ -2379,7 +2383,7 @@ def adapt_by_document(model: GPT, config: Config, runtime: Runtime, validation: 
     trainer = DocumentTrainer(model, config)
     scorer = WindowScorer(trainer.model, config, runtime, tokens, config.ttt_temperature)
     first = next((target for target in share if target == 0 or tokens[target] == BOS_ID), num_targets)
-    while first < share.stop:  # a document begins where the last one ended
+    while first < share.stop:
         trainer.begin()
         begin, more = first, True
         while more:
@@ -2509,7 +2513,7 @@ class WindowScorer:
     @torch.inference_mode()
     def score_all(self, windows: Windows, first: int, stop: int) -> np.ndarray:
         """logp and entropy (2, N) of windows first … stop-1, on every rank; each scores a contiguous part."""
-        ends = windows.starts + windows.length  # where a window, and what it scores, ends
+        ends = windows.starts + windows.length  # of windows and of what they score
         share = self.runtime.share(stop - first)
         start, own_stop = first + share.start, first + share.stop
         while start < own_stop:
@@ -3232,10 +3236,7 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
-    """Tokens whose forward and backward pass fits this rank's share of all memory, as measured.
-
-    What is free does not count, so that a run can be repeated.
-    """
+    """Tokens whose forward and backward pass fits this rank's share of all memory, free or not, so always the same."""
     most, memory = 4096, 0.5 * cpu_memory() / runtime.local_world_size  # see docs/one_gpu.md
     if runtime.device.type == "cuda":
         most, memory = MOST_TOKENS, 0.9 * torch.cuda.get_device_properties(runtime.device).total_memory
@@ -3352,7 +3353,7 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
     base = config.run_id or f"{config.recipe}_seed{config.seed}_{digest_of(settings.to_json())[:6]}"
     saved, logs = folder.parent / "checkpoints", list[Path]()
     if config.resume:
-        owner = re.escape(Path(config.resume).parent.name)  # of the checkpoint that RESUME names
+        owner = re.escape(Path(config.resume).parent.name)
         names = re.compile(re.escape(base) if config.run_id else f"{re.escape(base)}(_[0-9]+)?|{owner}")
         logs = [path for path in folder.glob("*.txt") if names.fullmatch(path.stem)]
         # A run that left something to go on from comes first, then the newest.

@@ -179,7 +179,9 @@ def test_a_cached_kernel_comes_after_the_package_and_is_never_fetched(monkeypatc
     else:
         backend, attend = train_gpt.choose_attention(choice, device)
         assert backend == expected[0]
-        assert backend == "sdpa" or attend(*torch.zeros(3, 1, 2, 1, 8)) == expected[1]
+        half, full = (torch.ones(3, 1, 2, 1, 8, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+        assert backend == "sdpa" or attend(*half) == expected[1]
+        assert torch.equal(attend(*full), full[0])  # no kernel of 16 bits is asked for fp32
     assert kernels.fetched == []
     assert kernels.asked == ([] if "flash_attn_interface" in installed else ["kernels-community/flash-attn3"])
     assert train_gpt.choose_attention("auto", torch.device("cpu"))[0] == "sdpa"

@@ -38,6 +38,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which an isolated start (python -I) leaves out
 import record_check
 import record_fold
+import run_log
 from record_check import FOLDER_NAME, TO_FILL_IN, TO_WRITE, RecordError, import_bare, track_of
 from record_fold import LIMIT_BYTES, PROGRAM, READABLE
 from record_logs import (
@@ -526,7 +527,7 @@ def check(args: argparse.Namespace) -> int:
     """Print what a reviewer would find; 1 where anything is refused. Raises RecordError."""
     findings = [*record_check.findings(args.folder, args.track, not args.no_import)]
     for each in findings:
-        print(each)
+        print(run_log.shown(str(each)))  # names in foreign files may steer a terminal
     counts = {verdict: sum(each.verdict == verdict for each in findings) for verdict in ("REFUSED", "unknown", "ok")}
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return 1 if counts["REFUSED"] else 0

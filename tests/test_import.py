@@ -170,18 +170,17 @@ def test_a_cached_kernel_comes_after_the_package_and_is_never_fetched(monkeypatc
     kernels = Kernels(cached)
     modules = {"kernels": kernels, "huggingface_hub.constants": kernels.hub}
     modules |= {name: flash(name) if name in installed else None for name in ("flash_attn_interface", "flash_attn")}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)  # None: cannot be imported
     device = torch.device("cuda", 0)
-    if choice == "fa3" and expected[0] != "fa3":
-        with pytest.raises(train_gpt.UserError, match=f"'flash_attn_interface'.*'kernels' \\({cached}"):
-            train_gpt.choose_attention(choice, device)
-    else:
-        backend, attend = train_gpt.choose_attention(choice, device)
-        assert backend == expected[0]
-        half, full = (torch.ones(3, 1, 2, 1, 8, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-        assert backend == "sdpa" or attend(*half) == expected[1]
-        assert torch.equal(attend(*full), full[0])  # no kernel of 16 bits is asked for fp32
+    with modules_replaced(modules):
+        if choice == "fa3" and expected[0] != "fa3":
+            with pytest.raises(train_gpt.UserError, match=f"'flash_attn_interface'.*'kernels' \\({cached}"):
+                train_gpt.choose_attention(choice, device)
+        else:
+            backend, attend = train_gpt.choose_attention(choice, device)
+            assert backend == expected[0]
+            half, full = (torch.ones(3, 1, 2, 1, 8, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+            assert backend == "sdpa" or attend(*half) == expected[1]
+            assert torch.equal(attend(*full), full[0])  # no kernel of 16 bits is asked for fp32
     assert kernels.fetched == []
     assert kernels.asked == ([] if "flash_attn_interface" in installed else ["kernels-community/flash-attn3"])
     assert train_gpt.choose_attention("auto", torch.device("cpu"))[0] == "sdpa"

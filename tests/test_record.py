@@ -866,9 +866,6 @@ def test_faults_of_somebody_elses_logs_are_refused(change, words, good: Path, ca
     assert [line for line in refusals if all(word in line for word in words)], refusals
 
 
-ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan, 10**400)
-
-
 def test_what_a_folder_says_steers_no_terminal(good: Path, capsys: pytest.CaptureFixture[str]):
     red = "\x1b[31m"
     edit_row(seed_results={red: {}}, compliance={red: False}, track=red)(good)
@@ -877,6 +874,9 @@ def test_what_a_folder_says_steers_no_terminal(good: Path, capsys: pytest.Captur
     assert code == 1
     assert sum("[31m" in line for line in refusals) >= 3
     assert not any("\x1b" in line for line in refusals)
+
+
+ODD_VALUES = (None, True, -1, 1e400, "text", [], [1, "a"], {}, {"a": 1}, 10**30, math.nan, 10**400)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -5,15 +5,16 @@
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py
     python train_gpt.py --help                        # recipes and settings
 
-Importing this file starts nothing. It has ten sections: 1. Spine, which is the whole job, 2. Config, 3. Data,
-4. Grid and model, 5. Optimizers, 6. Training, 7. Artifact, 8. Scoring, 9. Counts and mixers, 10. Machinery. The head
-of each says what goes in and what comes out, and within it what is called stands below its caller.
+Importing this file starts nothing. It has ten sections: Spine, which is the whole job, Config, Data, Grid and model,
+Optimizers, Training, Artifact, Scoring, Counts and mixers, Machinery. The head of each, `# N. Name`, says what goes in
+and what comes out; within it what is called stands below its caller.
 """
 
 from __future__ import annotations
 
 import bisect
 import copy
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -59,10 +60,10 @@ import kg_data  # noqa: E402
 import swarm_agents  # noqa: E402
 
 BOS_ID = 1  # every document begins with it
-SIZE_LIMIT_BYTES = 16_000_000  # decimal megabytes: code plus artifact
+SIZE_LIMIT_BYTES = 16_000_000  # code plus artifact
 MASS_TOLERANCE = 1e-4  # how far the sum of a distribution may be from 1
-GAP_TOLERANCE = 1e-6  # nats that a target's entry in it may be from what the stream scored
-STAGE_BUDGET_S = 600.0  # the contest's limit for training, and again for evaluation
+GAP_TOLERANCE = 1e-6  # nats that an entry in it may be from the stream's score
+STAGE_BUDGET_S = 600.0  # the contest's, for training and for evaluation
 
 
 class UserError(Exception):
@@ -289,7 +290,7 @@ class Config:
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "*_train_*.bin and *_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     device: str = choice("auto", "auto: a GPU if there is one", "auto", "cpu", "cuda")
-    attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "fa2", "cudnn", "sdpa")
+    attention: str = choice("auto", "auto: the fastest there is", "auto", "fa3", "cudnn", "sdpa", "blocks")
     compile: bool | None = setting(None, "auto: on CUDA only")
     compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where faster", "auto", "bf16", "fp32")
     join_seconds: float = number(900.0, "how long ranks wait for each other", 1)
@@ -529,7 +530,7 @@ class Config:
 
 PLACE_FIELDS = ("data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id")
 PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_seconds")
-# Fields that begin like this do not change what training computes, and may differ in a resumed run.
+# Fields that begin like this change nothing in training, and may differ in a resumed run.
 NOT_TRAINING = (
     *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
     "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
@@ -540,7 +541,7 @@ SMALL = dict(  # for a CPU
     bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_enabled=True,
     ttt_chunk_tokens=8192, ttt_batch_seqs=8, eval_batch_seqs=8, mixer="backoff", ema_decay=0.95,
 )
-FRONTIER = dict(  # what later public work found; QAT clips as the full-size artifact has to, to be near its limit
+FRONTIER = dict(  # what later public work found; QAT clips as the full-size artifact has to
     bigram_vocab_size=3072, bigram_dim=112, min_lr=0.05, muon_eq_rows=True, quantizer="gptq", clip_std=5.0,
     eval_stride=256, ttt_enabled=True, ttt_rank=64, ttt_lr=0.001, ttt_chunk_tokens=256, mixer="backoff",
 )
@@ -842,7 +843,7 @@ class Tokenizer:
             return f"its token {BOS_ID} is not BOS, which begins every document"
         if model.is_unknown(space):
             return "it has no piece ▁: a space is unknown, or three byte tokens"
-        # Whether a document loses a leading space in decoding, and where it does, all of them.
+        # Whether decoding strips a document's leading space, and whether all of them.
         strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)
         ids = range(len(self.pieces))
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) or i == BOS_ID for i in ids]
@@ -906,11 +907,11 @@ class Role(NamedTuple):
     rate: str  # the field of Config with its learning rate
     codec: str  # bank, embedding: integers; by size: those only above 65,536 elements; absent: not in the artifact
     ttt_scopes: tuple[str, ...] = ("all",)  # values of TTT_SCOPE that train it at test time
-    inputs: tuple[str, ...] = ()  # what a bank's parts are multiplied with, by the names that a probe sees
+    inputs: tuple[str, ...] = ()  # of a bank's parts, by the names that a probe sees
 
 
 A_BANK = ("muon", "matrix_lr", "bank", ("all", "last"))
-ROLES = {  # banks by size, the largest first: their gradients are reduced in this order
+ROLES = {  # the largest bank first: gradients are reduced in this order
     "mlp_up_bank": Role(*A_BANK, ("mlp_in",)),
     "mlp_down_bank": Role(*A_BANK, ("mlp_hidden",)),
     "qo_bank": Role(*A_BANK, ("attn_in", "attn_out")),
@@ -926,6 +927,7 @@ ROLES = {  # banks by size, the largest first: their gradients are reduced in th
 BANK_NAMES = tuple(name for name, role in ROLES.items() if role.optimizer == "muon")
 PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors and scalars in fp32
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ATTENTION_BLOCK = 128
 RMS_EPS = torch.finfo(torch.float32).eps
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, rotated dimensions / 2)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,Dh), k and v (B,T,Hkv,Dh) → (B,T,H,Dh), causal
@@ -1035,7 +1037,7 @@ class GPT(nn.Module):
             decoder_layer = layer - len(skip_weights)
             if decoder_layer >= 0 and skips:
                 x = x + skip_weights[decoder_layer] * skips.pop()
-            # The second run of REPEAT_LAYERS follows their last one and has no part in the skips (pull request 1204).
+            # REPEAT_LAYERS run again behind their last one, and have no skips then (pull request 1204).
             for each in (layer, *self.repeated) if layer in self.repeated[-1:] else (layer,):
                 context = LayerContext(rope, value_embeds.get(each), self.attend, each, probe)
                 x = self.blocks[each](x, x0, weights[each], context)
@@ -1246,23 +1248,22 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def choose_attention(choice: str, device: torch.device) -> tuple[str, Attention]:
     """The backend's name and function, for "auto" the fastest. Raises ConfigError for one that cannot run here."""
-    on_cuda = device.type == "cuda"
+    on_cuda, problems = device.type == "cuda", list[str]()
     hopper = on_cuda and torch.cuda.get_device_capability(device)[0] == 9
-    possible = {"fa3": hopper, "fa2": on_cuda, "cudnn": on_cuda, "sdpa": True, "auto": True}
-    if not possible[choice]:
-        raise ConfigError(f"ATTENTION={choice} cannot run on {device} (fa3: Hopper alone); use ATTENTION=auto")
-    problems = []
-    for name, package in (("fa3", "flash_attn_interface"), ("fa3", "kernels"), ("fa2", "flash_attn")):
-        if possible[name] and choice in ("auto", name):
+    for package in ("flash_attn_interface", "kernels"):
+        if hopper and choice in ("auto", "fa3"):
             try:
-                return name, but_fp32(flash_attention(package))
-            except (ImportError, AttributeError) as error:
+                return "fa3", but_fp32(flash_attention(package))
+            except (*MALFORMED, ImportError, OSError, RuntimeError) as error:  # whatever `kernels` makes of its cache
                 problems.append(f"{package!r} ({error})")
-    if choice == "cudnn" or (choice == "auto" and hopper and torch.backends.cudnn.is_available()):
+    if (on_cuda and choice == "cudnn") or (hopper and choice == "auto" and torch.backends.cudnn.is_available()):
         return "cudnn", but_fp32(cudnn_attention)
+    if choice == "blocks" or (choice == "auto" and not on_cuda):
+        return "blocks", blocked_attention
     if choice in ("auto", "sdpa"):
         return "sdpa", sdpa_attention
-    raise ConfigError(f"ATTENTION={choice} needs the package {' or '.join(problems)}")
+    missing = f"needs the package {' or '.join(problems)}" if problems else f"cannot run on {device}"
+    raise ConfigError(f"ATTENTION={choice} {missing} (fa3: on Hopper alone); use ATTENTION=auto")
 
 
 def but_fp32(kernel: Attention) -> Attention:
@@ -1271,14 +1272,11 @@ def but_fp32(kernel: Attention) -> Attention:
 
 
 def flash_attention(package: str) -> Attention:
-    """FlashAttention of one of its packages; `kernels` may have it in its cache. Raises ImportError."""
+    """FlashAttention 3 of one of its packages; `kernels` may have it in its cache."""
     module = importlib.import_module(package)
     if package == "kernels":
         vars(importlib.import_module("huggingface_hub.constants"))["HF_HUB_OFFLINE"] = True  # nothing is downloaded
-        try:
-            module = module.get_kernel("kernels-community/flash-attn3", revision="v1")
-        except (*MALFORMED, OSError, RuntimeError) as error:
-            raise ImportError(str(error)) from error
+        module = module.get_kernel("kernels-community/flash-attn3", revision="v1")
     kernel = module.flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1290,15 +1288,28 @@ def flash_attention(package: str) -> Attention:
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """cuDNN wants as many key heads as query heads."""
-    groups = q.size(2) // k.size(2)
+    k, v = (each.repeat_interleave(q.size(2) // each.size(2), 2) for each in (k, v))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-        return sdpa_attention(q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2))
+        return sdpa_attention(q, k, v)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    return out.transpose(1, 2)
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A block of queries at a time against the keys up to its end: on a CPU faster than SDPA's kernel."""
+    B, T, _, Dh = q.shape
+    q, blocks = q.view(B, T, k.size(2), -1, Dh).transpose(1, 2), list[Tensor]()
+    k, v = (each.transpose(1, 2).flatten(0, 1) for each in (k, v))
+    for begin in range(0, T, ATTENTION_BLOCK):
+        block = q[:, :, begin : begin + ATTENTION_BLOCK]
+        end = begin + block.size(2)
+        mask = q.new_full((block.size(2), end), -math.inf).triu(begin + 1).repeat_interleave(block.size(3), 0)
+        scores = torch.baddbmm(mask, block.reshape(len(k), -1, Dh), k[:, :end].mT, alpha=Dh**-0.5)
+        blocks.append((scores.softmax(-1) @ v[:, :end]).view_as(block))
+    return torch.cat(blocks, 2).transpose(1, 2).flatten(2, 3)
 
 
 def export_plan(model: GPT) -> dict[str, str]:
@@ -1325,7 +1336,7 @@ class Grid(NamedTuple):
     """Symmetric integers of `bits` bits with one fp16 scale for each row, which is the last axis."""
 
     bits: int
-    clip_std: float = 0.0  # rows are clipped at this many of their standard deviations; 0: at their largest weight
+    clip_std: float = 0.0  # where rows are clipped, in standard deviations; 0: at their largest weight
 
     @property
     def qmax(self) -> int:
@@ -1358,8 +1369,8 @@ class Grid(NamedTuple):
 def fake_quantize(weight: Tensor, bits: int, clip_std: float = 0.0) -> Tensor:
     """The weight as the artifact would hold it; the gradient passes straight through (arXiv 1308.3432).
 
-    An operator of its own, so that no compiler fuses the scale's rounding to fp16 away, and not w + (q - w).detach(),
-    which rounds: the value must be the decoded one.
+    The value must be the decoded one: as an operator, so that no compiler fuses the scale's rounding to fp16 away, and
+    not as w + (q - w).detach(), which rounds.
     """
     return Grid(bits, clip_std).round_trip(weight).to(weight.dtype)
 
@@ -1384,7 +1395,7 @@ class Optimizers:
         groups = [dict(params=members, base_lr=getattr(config, rate)) for rate, members in by_rate.items()]
         betas = config.beta1, config.beta2
         self.adamw = torch.optim.AdamW(groups, 0.0, betas, config.adam_eps, config.adam_wd, fused=True)
-        for p in rest.values():  # now, not at the first step, for a checkpoint to be copied into
+        for p in rest.values():  # now, for a checkpoint to be copied into
             moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             self.adamw.state[p] = dict(step=p.new_zeros(()), **moments)
         self.skipped = torch.zeros(2, device=self.flat_grad.device)  # updates left out: in a row, in all
@@ -1393,8 +1404,8 @@ class Optimizers:
     def step(self, lr_scale: float, muon_momentum: float, clip_norm: float) -> Tensor:
         """Sum gradients over ranks, clip by their global norm, update. Returns that norm (before clipping).
 
-        The clip needs every gradient, so AdamW waits for the banks. A norm that is not finite leaves weights and
-        optimizers as they are, on every rank, without asking the host.
+        The clip needs every gradient, so AdamW waits for the banks. A norm that is not finite leaves all as it is, on
+        every rank, without asking the host.
         """
         shards = self.muon.shards
         split = shards if self.runtime.world_size > 1 else ()
@@ -1544,8 +1555,7 @@ def make_trainer(
 def seed_embeddings(model: GPT, tokenizer: Tokenizer, log: RunLog) -> Tensor:
     """Scale the embeddings of important tokens; returns the importance of every token, (V,) in [0, 1].
 
-    Lookups are normalised, so this acts through the tied output head alone. Raises ConfigError for a blob that cannot
-    be read or is for another tokenizer.
+    Lookups are normalised: this acts through the tied output head. Raises ConfigError for an odd or foreign blob.
     """
     config = model.config
     try:
@@ -1589,12 +1599,12 @@ class Trainer:
         self.controls = Controls(False, kg_weight, mtp_weight, config.grad_clip_norm)
         self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
         self.losses, self.crown_q = self.model.training_losses, self.model.crown_q
-        if self.compiled:  # two graphs: the penalty is taken once a step, the losses once a micro-batch
+        if self.compiled:  # two: the penalty is taken once a step, the losses once a micro-batch
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             self.losses, self.crown_q = compiled(self.losses), compiled(self.crown_q)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
-        # Updates left out, in a row and in all: copied without waiting, so on CUDA perhaps some steps old.
+        # Updates left out, in a row and in all, copied without waiting: on CUDA perhaps some steps old.
         self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.on_cuda)
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
@@ -1624,8 +1634,8 @@ class Trainer:
                 self.runtime.from_main(0.0)  # a launcher ends the others when the first rank leaves
                 raise Stopped(signalled)
             if batch_failed:
-                self.loader.batch(self.step)  # raises where the batch is missing,
-                self.clock.agreed()  # and here elsewhere, on the CPU: no GPU waits for a rank that is gone
+                self.loader.batch(self.step)  # raises where it is missing,
+                self.clock.agreed()  # and here elsewhere: no GPU waits for a rank that is gone
             self.one_step()
         if capped:
             self.log.row("stopping_early: wallclock_cap", train_time_ms=1000 * self.elapsed_s, step=self.step)
@@ -1653,7 +1663,7 @@ class Trainer:
         self.log.progress(self.step, config.iterations, f"{self.elapsed_s:.0f}s")
         if self.step <= 10 or self.step % config.train_log_every == 0:
             self.elapsed_s = self.clock.agreed()[0]
-            # Reading the losses is, with the swarm's votes, a step's only host synchronisation.
+            # Reading the losses is, with the votes, a step's only host synchronisation.
             shown: dict[str, Any] = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
             shown |= dict(grad_norm=grad_norm.item()) | vars(self.controls) | dict(qat=int(self.controls.qat))
             if self.crown_q_loss is not None:
@@ -1937,7 +1947,7 @@ def save_artifact(
         payload = len(packed) - len(pack({name: t for name, t in tensors.items() if t.dtype != torch.int8}))
         ratio = payload / max(entropy, 1.0)
         log.row("packing", payload=payload, order0_entropy=round(entropy), ratio=ratio, **used.coarseness)
-        # The integers share a code: each tensor gets of the file what it has of their entropy and the other sizes.
+        # The integers share a code: of the file each tensor gets what it has of all entropy and sizes.
         share = {name: order0_entropy_bytes({name: t}) or t.nbytes for name, t in tensors.items()}
         parts = [sum(share.get(name + end, 0) for end in ("", ".levels", ".scale")) for name in model.plan]
         ends = np.rint(np.cumsum([0, *parts]) * (len(packed) / sum(parts))).astype(int)
@@ -2027,7 +2037,7 @@ def fit_artifact(
     Candidates are `config`, wider clips, and the widest with more weights pruned; their entropy is compared, and only
     the choice is packed. Raises ArtifactError where none fits.
     """
-    # A clip below about 5 deviations cuts outliers and saves nothing: error and entropy both grow.
+    # A clip below about 5 deviations saves nothing: error and entropy both grow.
     ladder = [replace(config, clip_std=(config.clip_std or 5.0) * 1.01**rung) for rung in range(1, 101)]
     fractions = (percent / 100 for percent in range(1, 91))
     ladder += [replace(ladder[-1], prune_fraction=f) for f in fractions if f > config.prune_fraction]
@@ -2057,8 +2067,8 @@ def order0_entropy_bytes(tensors: Mapping[str, Tensor]) -> float:
 def calibrate(trainer: Trainer) -> Hessians:
     """What GPTQ needs of each bank's Hessian X·Xᵀ, over all ranks, from the tokens after the last step's.
 
-    Reading them takes training time: no batch begins that, as long as the one before, would end after
-    MAX_WALLCLOCK_SECONDS. Without any the result is empty: rounding stays plain.
+    It takes training time: no batch begins that, as long as the one before, would end after MAX_WALLCLOCK_SECONDS.
+    Without any the result is empty: rounding stays plain.
     """
     config, runtime, clock = trainer.config, trainer.runtime, trainer.clock
     sums: dict[str, Tensor] = {}
@@ -2261,8 +2271,8 @@ def decompress(stream: bytes) -> bytes:
 def encode_levels(levels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All levels (each (…, R, C) int8) as one code with a histogram for each size class, and the sizes.
 
-    Range asymmetric numeral systems (arXiv 1311.2540) spend fractions of bits, unlike zstd's Huffman codes;
-    thousands of interleaved lanes (arXiv 1402.3392) make each step one of numpy's.
+    Range asymmetric numeral systems (arXiv 1311.2540) spend fractions of bits; thousands of interleaved lanes
+    (arXiv 1402.3392) make each step one of numpy's.
     """
     arrays, keys = {}, []
     for name, level in sorted(levels.items()):
@@ -2375,8 +2385,8 @@ def adapt_by_document(model: GPT, config: Config, runtime: Runtime, validation: 
     """Legal TTT that forgets: score the next TTT_CHUNK_TOKENS targets of a document, then train its adapters on its
     scored targets in their window; each document begins with new ones (pull request 77).
 
-    A rank takes the documents that begin in its share of the stream. All windows have one length, and where a document
-    ends is looked up after its end is scored: a score depends on what stands before it alone.
+    A rank takes the documents that begin in its share. All windows have one length, and where a document ends is
+    looked up when that is scored: a score depends on what stands before it alone.
     """
     tokens, num_targets, length = validation.tokens, validation.num_targets, config.eval_seq_len
     chunk_tokens, share = min(config.ttt_chunk_tokens, length), runtime.share(num_targets)
@@ -2433,7 +2443,7 @@ class ChunkTrainer:
     """Trains the model on text that is already scored (pull requests 1081 and 700).
 
     The first TTT_FREEZE_BLOCKS blocks keep their slices of the banks, and with TTT_SCOPE=all all they have. Ranks
-    share each batch, so their number changes nothing.
+    share each batch.
     """
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime, validation: ValidationSet):
@@ -2568,8 +2578,8 @@ class TokenScores(NamedTuple):
 
     logp: np.ndarray
     entropy: np.ndarray
-    sampled: np.ndarray = np.zeros((0, 0), np.float32)
-    targets: np.ndarray = np.zeros(0, np.int64)
+    sampled: np.ndarray
+    targets: np.ndarray
 
 
 def score_of(logp: np.ndarray | float, validation: ValidationSet, valid: bool = True) -> Score:
@@ -2597,8 +2607,8 @@ class Score(NamedTuple):
 
 
 def sample_targets(num_targets: int, seed: int) -> np.ndarray:
-    """Where the mixture is checked, ascending: a target drawn from each 64th part of the stream, and the first 16,
-    where a mixer that has seen what it should not stands out most.
+    """Where the mixture is checked, ascending: a target drawn from each 64th of the stream, and the first 16,
+    where a mixer that looks ahead stands out most.
     """
     starts, stops = (np.arange(64) + np.array([[0], [1]])) * num_targets // 64
     drawn = np.random.default_rng(seed).integers(starts, np.maximum(stops, starts + 1))
@@ -2827,8 +2837,8 @@ class HedgeMixer(Mixer):
     """PR 700: five experts weighted by exp(-MIXER_ETA · summed block-mean loss), neural alone for min_tokens.
 
     Neural model (log-weight 2 at the start), unigram and bigram (+0.1), trigram on 65,536 hashed rows (+0.01),
-    and the Witten-Bell interpolation of orders 1-5. With ENTROPY_EXPERT the last is, as published, the neural
-    entropy taken for a log-loss, and the result no distribution.
+    and the Witten-Bell interpolation of orders 1-5. With ENTROPY_EXPERT the last is the neural entropy taken for a
+    log-loss, as published, and the result no distribution.
     """
 
     min_tokens = 10_000
@@ -2939,7 +2949,7 @@ class _Groups(NamedTuple):
         key = self.head.cumsum(0).sub_(1)
         for part, width in ((label[self.position], label_bits), (self.position, bits)):
             key <<= width
-            key |= part  # values alone are sorted: positions are their low bits
+            key |= part  # values alone are sorted
         key = _sorted(key)
         position = (key & ((1 << bits) - 1)).int()
         key >>= bits
@@ -3013,7 +3023,7 @@ def iter_hashed_counts(
     target = torch.arange(probe.vocab_size, device=tokens.device) if probe else tokens
     for order in range(1, max_order + 1):
         context, multiplier = torch.zeros_like(tokens), HASH_MULTIPLIERS[(order - 1) % 7]
-        for k in range(order - 1):  # what wraps around belongs to targets without such a context
+        for k in range(order - 1):  # what wraps around has no such context
             context ^= tokens.roll(order - 1 - k) * HASH_MULTIPLIERS[k % 7]
         counts, whole = [], block_of == block_of.roll(order - 1)
         whole[: order - 1] = False
@@ -3054,14 +3064,14 @@ class Runtime:
         self.control_group: Any = None
         self.former_handlers: list[Any] = []
         self.signal, self.signalled_at = 0, 0.0
-        self.stop_at_once = False  # at a signal, where nothing worth saving is in the making
+        self.stop_at_once = False  # where nothing worth saving is in the making
 
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
         rank = environ.get("RANK", "") if environ.get("WORLD_SIZE", "1") != "1" else ""
         when, line = datetime.datetime.now().timestamp(), f"error: rank {rank}: {text}" if rank else f"error: {text}"
-        if rank not in ("", "0"):  # what every rank finds is for rank 0 to say: its launcher then ends the others
+        if rank not in ("", "0"):  # what all find is for rank 0 to say, whose launcher then ends the others
             time.sleep(2.0)
         sys.stderr.write(line + "\n")
         if path := environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -3072,6 +3082,9 @@ class Runtime:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+        elif mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+            for threshold in (-1, -3):  # of glibc, to give back memory, whose pages then cost time anew
+                mallopt(threshold, 2**31 - 1)
         if self.world_size > 1:
             limit_s = self.timeout.total_seconds()
             text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at {self.meeting_place}, "
@@ -3090,7 +3103,7 @@ class Runtime:
 
     def _join(self) -> None:
         backend, device_id = ("nccl", self.device) if self.on_cuda else ("gloo", None)
-        # torchrun may keep its store over a restart, with addresses of processes that are gone.
+        # torchrun may keep its store over a restart, with addresses of the dead.
         store = dist.PrefixStore(f"attempt{self.attempt}", next(rendezvous("env://", timeout=self.timeout))[0])
         store.set(f"device{self.rank}", self.device.type)
         if len({store.get(f"device{rank}") for rank in range(self.world_size)}) > 1:  # waits for all of them
@@ -3099,7 +3112,7 @@ class Runtime:
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world_size, device_id=device_id, timeout=self.timeout
         )
-        # The clock travels over CPU, so that no rank waits for its GPU to learn what rank 0 decided.
+        # The clock travels over CPU: no rank waits for its GPU to learn what rank 0 decided.
         self.control_group = dist.group.WORLD if backend == "gloo" else dist.new_group(None, self.timeout, "gloo")
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -3110,7 +3123,7 @@ class Runtime:
             self.control_group = None
             dist.destroy_process_group()
         elif self.world_size > 1 and not isinstance(error, (UserError, Stopped)):
-            # Ranks that wait for this one go on only when its process is gone, so it does not wait for them.
+            # Ranks that wait for this one go on only when its process is gone.
             of_gloo = "gloo" in str(error)
             if isinstance(error, dist.DistError) or of_gloo:
                 cause = "" if of_gloo else f", or: {' '.join(str(error).split())[:600]}"
@@ -3123,8 +3136,7 @@ class Runtime:
     def _on_signal(self, number: int, _frame: object) -> None:
         """Ask for a stop at the next boundary; a second signal ends the process at once.
 
-        Under a launcher, which passes on what every process has got already, it comes a second later, and a rank that
-        cannot stop, since another is gone, is ended by its alarm.
+        Under a launcher, which repeats signals, it comes a second later, and an alarm ends a rank that cannot stop.
         """
         if self.world_size == 1:
             for each in self.SIGNALS:
@@ -3275,7 +3287,7 @@ class RunLog:
             self.run_id, self.text_file = claim_run(config, folder)
             self.json_file = (folder / f"{self.run_id}.jsonl").open("a", encoding="utf-8")
             for file in (self.text_file, self.json_file):  # they are this run's alone by now
-                if os.path.isfile(file.name):  # cut the unfinished line of a process that was killed
+                if os.path.isfile(file.name):  # cut a killed process's unfinished line
                     file.truncate(Path(file.name).read_bytes().rfind(b"\n") + 1)
                     file.seek(0, os.SEEK_END)
         except OSError as error:
@@ -3318,18 +3330,18 @@ class RunLog:
 
     def progress(self, done: int, total: int, text: str) -> None:
         if self.active:
-            self._redraw(f"[{'#' * (30 * done // max(total, 1)):.<30}] {done}/{total} {text}")
+            self._redraw(f"{done}/{total} {text}")
 
     def _redraw(self, bar: str) -> None:
         if sys.stderr.isatty():
-            sys.stderr.write(f"\x1b[2K\r{bar}")  # ESC [2K clears the line
+            sys.stderr.write(f"\x1b[2K\r{bar}")  # clears the line
             sys.stderr.flush()
 
     def close(self) -> None:
         if self.active:
             self._redraw("")
             for file in (self.text_file, self.json_file):
-                with suppress(OSError):  # what could not be flushed was already reported
+                with suppress(OSError):  # already reported
                     file.close()
 
 
@@ -3356,7 +3368,7 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
         owner = re.escape(Path(config.resume).parent.name)
         names = re.compile(re.escape(base) if config.run_id else f"{re.escape(base)}(_[0-9]+)?|{owner}")
         logs = [path for path in folder.glob("*.txt") if names.fullmatch(path.stem)]
-        # A run that left something to go on from comes first, then the newest.
+        # First one that left something to go on from, then the newest.
         logs.sort(key=lambda path: ((saved / path.stem).exists(), path.stat().st_mtime), reverse=True)
     numbered = (folder / f"{base}_{number}.txt" for number in itertools.count(2))
     for path in itertools.chain(logs, [folder / f"{base}.txt"], numbered):
@@ -3373,7 +3385,7 @@ def try_lock(file: TextIO) -> bool:
     """Lock a file until this process ends; false when another has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # a file system without locks: none is there to respect
+    except OSError as error:  # a file system without locks
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
 
@@ -3572,7 +3584,7 @@ def kind_of(leaf: Any) -> object:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that is never seen in part, nor lost once it is there. Raises OSError."""
-    path = Path(os.path.realpath(path))  # a symbolic link stays, and the file that it names is written
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -3601,7 +3613,7 @@ class FinishedStages:
         state = checkpoints.find([self.path] if checkpoints.config.resume and self.path.exists() else [])
         self.results: list[list[float]] = []  # summed logp and seconds of each finished stage
         self.scores: TokenScores  # of the last one
-        if state is not None:  # what this code wrote: the file's name and seal say so
+        if state is not None:  # of this code, as the file's name says
             self.results = state["results"]
             self.scores = TokenScores(**{name: tensor.numpy() for name, tensor in state["scores"].items()})
             checkpoints.log.row("resumed_evaluation", stages=len(self.results))
@@ -3640,6 +3652,6 @@ class FinishedStages:
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # a console that takes nothing was already reported
+        with suppress(OSError):  # already reported
             stream.flush()
-    os._exit(exit_code)  # gloo's threads can abort a finished process while the interpreter is taken down
+    os._exit(exit_code)  # gloo's threads can abort a process that ends by itself

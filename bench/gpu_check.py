@@ -36,7 +36,7 @@ from bench.counts import synthetic_tokens
 from bench.evaluation import CONTEST_TARGETS
 
 WORLD = 8  # GPUs that a projection is for
-BACKENDS = ("fa3", "fa2", "cudnn", "sdpa")
+BACKENDS = ("fa3", "cudnn", "sdpa", "blocks")
 # Tolerances. fp32 sums in another order: 1e-4 of the norm. bf16 keeps 8 bits, a relative error of 2^-9 a rounding;
 # over 11 layers the logits may move by 5 % of their norm and the mean loss by 0.02 nats. A backend rounds its
 # probabilities and its output once: 1 %. Fusing in fp32 moves roundings alone, in bf16 it leaves some out.

@@ -46,7 +46,7 @@ PROGRAM = "train_gpt.py"
 # Section: its functions and classes, and the test files that should notice a fault in them, likeliest first.
 SECTIONS = {
     "model": (
-        "sdpa_attention rms_norm rope_tables apply_rope remove_own_value LayerContext BigramHash SmearGate "
+        "blocked_attention rms_norm rope_tables apply_rope remove_own_value LayerContext BigramHash SmearGate "
         "ValueEmbedding SelfAttention Block GPT",
         "test_golden_model test_golden_model_700 test_model",
     ),

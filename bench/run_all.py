@@ -40,6 +40,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("swarm_overhead", 10),
         Job("forward_backward", 200),
         Job("train_step", 120),
+        Job("cpu_step", 150, ("--rounds", "1")),
         Job("evaluation", 30),
         Job("ttt", 30),
         Job("counts", 15),

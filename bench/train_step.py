@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from bench import common
 
-ATTENTION_NAMES = ("attention", "flash", "fmha", "sdpa")
-GEMM_NAMES = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "gemm", "cutlass", "nvjet", "xmma", "cublas")
+# Of the passes alone, in which only attention by blocks has batched products and a softmax.
+ATTENTION_NAMES = ("attention", "flash", "fmha", "sdpa", "aten::bmm", "aten::baddbmm", "aten::_softmax")
+GEMM_NAMES = ("aten::mm", "aten::addmm", "gemm", "cutlass", "nvjet", "xmma", "cublas")
 QUICK = dict(
     num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, ve_layers=(1,), ve_dim=16, bigram_dim=16, xsa_last_n=1,
     bigram_vocab_size=64, train_seq_len=64, eval_seq_len=64, eval_stride=16, mtp_num_heads=0,

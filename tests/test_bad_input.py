@@ -46,7 +46,6 @@ def data(tiny_data, tmp_path) -> Path:
         ("ITERATION", "10", "ITERATIONS"),
         ("matrix_lr", "0.1", "MATRIX_LR"),
         ("ATTENTION", "fa3", "ATTENTION=auto"),
-        ("ATTENTION", "fa2", "ATTENTION=auto"),
         ("ATTENTION", "cudnn", "ATTENTION=auto"),
         ("DATA_PATH", "/no/such/folder", "prepare.py"),
         ("TOKENIZER_PATH", "/no/such/tokenizer.model", "prepare.py"),

@@ -67,7 +67,7 @@ WRONG_VALUES = [
     ("VE_LAYERS", "9,11", "from 0 to 10"),
     ("VE_LAYERS", "-1", "from 0 to 10"),
     ("DEVICE", "gpu", "auto, cpu, cuda"),
-    ("ATTENTION", "flash", "auto, fa3, fa2, cudnn, sdpa"),
+    ("ATTENTION", "flash", "auto, fa3, cudnn, sdpa, blocks"),
     ("WEIGHT_AVERAGE", "EMAX", "ema, swa, none"),
     ("QAT_BITS", "4", "0, 5, 6, 7, 8"),
     ("VOCAB_SIZE", "65536", "from 2 to 65535"),

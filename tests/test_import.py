@@ -115,14 +115,13 @@ def test_packages_of_other_settings_are_not_needed(run_main, tiny_run: Run, tmp_
     assert (outcome.returncode, outcome.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("choice", "package"), [("fa3", "flash_attn_interface"), ("fa2", "flash_attn")])
-def test_flash_attention_is_needed_only_when_asked_for(monkeypatch, choice, package):
+def test_flash_attention_is_needed_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     device = torch.device("cuda", 0)
-    with absent("flash_attn", "flash_attn_interface", "kernels"):
-        with pytest.raises(train_gpt.UserError, match=f"needs the package '{package}'"):
-            train_gpt.choose_attention(choice, device)
+    with absent("flash_attn_interface", "kernels"):
+        with pytest.raises(train_gpt.UserError, match="needs the package 'flash_attn_interface'"):
+            train_gpt.choose_attention("fa3", device)
         assert train_gpt.choose_attention("auto", device)[0] == "sdpa"
 
 
@@ -155,13 +154,12 @@ def flash(answer: object) -> types.ModuleType:
 @pytest.mark.parametrize(
     ("installed", "cached", "expected"),
     [
-        (("flash_attn_interface", "flash_attn"), flash("cached"), ("fa3", "flash_attn_interface")),
-        (("flash_attn",), flash("cached"), ("fa3", "cached")),
-        (("flash_attn",), FileNotFoundError("no local snapshot"), ("fa2", "flash_attn")),
-        (("flash_attn",), ValueError("no such version"), ("fa2", "flash_attn")),
-        (("flash_attn",), ImportError("undefined symbol"), ("fa2", "flash_attn")),
-        (("flash_attn",), RuntimeError("another architecture"), ("fa2", "flash_attn")),
-        ((), FileNotFoundError("no local snapshot"), ("sdpa", None)),
+        (True, flash("cached"), ("fa3", "installed")),
+        (False, flash("cached"), ("fa3", "cached")),
+        (False, FileNotFoundError("no local snapshot"), ("sdpa", None)),
+        (False, ValueError("no such version"), ("sdpa", None)),
+        (False, ImportError("undefined symbol"), ("sdpa", None)),
+        (False, RuntimeError("another architecture"), ("sdpa", None)),
     ],
 )
 def test_a_cached_kernel_comes_after_the_package_and_is_never_fetched(monkeypatch, choice, installed, cached, expected):
@@ -169,7 +167,7 @@ def test_a_cached_kernel_comes_after_the_package_and_is_never_fetched(monkeypatc
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     kernels = Kernels(cached)
     modules = {"kernels": kernels, "huggingface_hub.constants": kernels.hub}
-    modules |= {name: flash(name) if name in installed else None for name in ("flash_attn_interface", "flash_attn")}
+    modules["flash_attn_interface"] = flash("installed") if installed else None
     device = torch.device("cuda", 0)
     with modules_replaced(modules):
         if choice == "fa3" and expected[0] != "fa3":
@@ -182,8 +180,8 @@ def test_a_cached_kernel_comes_after_the_package_and_is_never_fetched(monkeypatc
             assert backend == "sdpa" or attend(*half) == expected[1]
             assert torch.equal(attend(*full), full[0])  # no kernel of 16 bits is asked for fp32
     assert kernels.fetched == []
-    assert kernels.asked == ([] if "flash_attn_interface" in installed else ["kernels-community/flash-attn3"])
-    assert train_gpt.choose_attention("auto", torch.device("cpu"))[0] == "sdpa"
+    assert kernels.asked == ([] if installed else ["kernels-community/flash-attn3"])
+    assert train_gpt.choose_attention("auto", torch.device("cpu"))[0] == "blocks"
 
 
 def test_triton_is_needed_only_to_compile_for_cuda():

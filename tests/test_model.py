@@ -156,6 +156,38 @@ def test_xsa_acts_on_the_last_layers_only(xsa_last_n, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(attended[4 - xsa_last_n :], cleaned))
 
 
+# Attention by blocks --------------------------------------------------------------------------------------
+def attention_inputs(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, length, each, 8) for each in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300])
+def test_blocks_give_the_output_and_the_gradients_of_sdpa(length, heads, kv_heads):
+    inputs = attention_inputs(length, heads, kv_heads, torch.float64)
+    found, expected = (attend(*inputs) for attend in (train_gpt.blocked_attention, train_gpt.sdpa_attention))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn(found.shape, dtype=torch.float64)
+    found_gradients, gradients = (torch.autograd.grad(out, inputs, upstream) for out in (found, expected))
+    torch.testing.assert_close(found_gradients, gradients, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", [1, 127, 128, 200])
+def test_no_block_lets_anything_later_through(position, dtype):
+    """To the bit, although a block's queries are multiplied with keys that most of them must not see."""
+    inputs = attention_inputs(260, 4, 2, dtype)
+    before = train_gpt.blocked_attention(*inputs)
+    with torch.no_grad():
+        for each in inputs:
+            each[:, position:] *= -3
+    after = train_gpt.blocked_attention(*inputs)
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert not torch.equal(before[:, position:], after[:, position:])
+
+
 # Training reaches everything ------------------------------------------------------------------------------
 def gradients_seen(config: train_gpt.Config, steps: int) -> dict[str, bool]:
     """Which parameters had a non-zero gradient in one of the first steps."""

@@ -5,16 +5,15 @@
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py
     python train_gpt.py --help                        # recipes and settings
 
-Importing this file starts nothing. It has ten sections: Spine, which is the whole job, Config, Data, Grid and model,
-Optimizers, Training, Artifact, Scoring, Counts and mixers, Machinery. The head of each, `# N. Name`, says what goes in
-and what comes out; within it what is called stands below its caller.
+Importing this file starts nothing. It has ten sections: 1. Spine, which is the whole job, 2. Config, 3. Data,
+4. Grid and model, 5. Optimizers, 6. Training, 7. Artifact, 8. Scoring, 9. Counts and mixers, 10. Machinery. The head
+of each says what goes in and what comes out, and within it what is called stands below its caller.
 """
 
 from __future__ import annotations
 
 import bisect
 import copy
-import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -943,7 +942,7 @@ class GPT(nn.Module):
     def __init__(self, config: Config, attend: Attention | None = None, initialize: bool = True):
         super().__init__()
         L, D, V = config.num_layers, config.model_dim, config.vocab_size
-        self.config, self.attend = config, attend or sdpa_attention
+        self.config, self.attend = config, attend or blocked_attention
         self.compute_dtype = COMPUTE_DTYPES.get(config.compute_dtype)
         self.repeated = config.repeat_layers  # in training () before REPEAT_FROM
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}  # of a bank: (matrices, out, rank), (matrices, rank, in)
@@ -1301,7 +1300,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A block of queries at a time against the keys up to its end: on a CPU faster than SDPA's kernel."""
     B, T, _, Dh = q.shape
-    q, blocks = q.view(B, T, k.size(2), -1, Dh).transpose(1, 2), list[Tensor]()
+    blocks: list[Tensor] = []
+    q = q.view(B, T, k.size(2), -1, Dh).transpose(1, 2)
     k, v = (each.transpose(1, 2).flatten(0, 1) for each in (k, v))
     for begin in range(0, T, ATTENTION_BLOCK):
         block = q[:, :, begin : begin + ATTENTION_BLOCK]
@@ -2949,7 +2949,7 @@ class _Groups(NamedTuple):
         key = self.head.cumsum(0).sub_(1)
         for part, width in ((label[self.position], label_bits), (self.position, bits)):
             key <<= width
-            key |= part  # values alone are sorted
+            key |= part  # values alone are sorted: positions are their low bits
         key = _sorted(key)
         position = (key & ((1 << bits) - 1)).int()
         key >>= bits
@@ -3082,9 +3082,6 @@ class Runtime:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        elif mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-            for threshold in (-1, -3):  # of glibc, to give back memory, whose pages then cost time anew
-                mallopt(threshold, 2**31 - 1)
         if self.world_size > 1:
             limit_s = self.timeout.total_seconds()
             text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at {self.meeting_place}, "
@@ -3330,7 +3327,7 @@ class RunLog:
 
     def progress(self, done: int, total: int, text: str) -> None:
         if self.active:
-            self._redraw(f"{done}/{total} {text}")
+            self._redraw(f"[{'#' * (30 * done // max(total, 1)):.<30}] {done}/{total} {text}")
 
     def _redraw(self, bar: str) -> None:
         if sys.stderr.isatty():
@@ -3584,7 +3581,7 @@ def kind_of(leaf: Any) -> object:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that is never seen in part, nor lost once it is there. Raises OSError."""
-    path = Path(os.path.realpath(path))  # a symbolic link stays one
+    path = Path(os.path.realpath(path))  # a symbolic link stays, and the file that it names is written
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,15 @@
-"""What do attention by blocks and freed memory that is kept do for a training step on a CPU?
+"""What do attention by blocks, and an allocator that keeps freed memory, do for a training step on a CPU?
 
     python bench/cpu_step.py [--recipe laptop] [--threads 2] [--rounds 3] [--steps 6]
 
 First attention alone, forward and backward, by blocks and by SDPA in turn, over sequences of several lengths. Then
-whole steps of the recipe, each way in a process of its own, since what the C library keeps is a matter of the process;
-the processes take turns. A step's time is the shortest of its process, a ratio that of the medians over the rounds.
+whole steps of the recipe, each way in a process of its own, since what the C library keeps is a matter of the
+environment; the processes take turns. A step's time is the shortest of its process, a ratio that of the medians over
+the rounds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import statistics
@@ -19,7 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -27,7 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from bench import common, train_step
 
-WAYS = {"blocks, kept": ("blocks", True), "blocks": ("blocks", False), "sdpa": ("sdpa", False)}
+KEPT = dict(MALLOC_MMAP_THRESHOLD_=str(2**40), MALLOC_TRIM_THRESHOLD_=str(2**40))  # glibc's variables
+WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    "blocks, kept": ("blocks", KEPT), "blocks": ("blocks", {}), "sdpa": ("sdpa", {}),
+}  # fmt: skip
 TOKENS = 4096  # of one pass, what a CPU takes by default
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64  # those of RECIPE=laptop
 
@@ -52,15 +53,12 @@ def attention_rows(dtype: torch.dtype, lengths: list[int], repeats: int) -> list
 
 def step_seconds(args: Any) -> None:
     """In a child: print the shortest of some training steps, one way."""
-    attention, kept = WAYS[args.as_way]
     with tempfile.TemporaryDirectory() as folder:
         shape = train_step.QUICK | dict(train_batch_tokens=512) if args.quick else {}
         config = train_step.bench_config(args.recipe, Path(folder), compute_dtype=args.dtype, **shape)
-        # Without: as where the C library lacks the function that is asked for.
-        with contextlib.nullcontext() if kept else patch.object(ctypes, "CDLL", lambda _name: None):
-            runtime = common.open_runtime(args, config)
+        runtime = common.open_runtime(args, config)
         train_step.write_random_shard(Path(folder), config, 8 * config.train_batch_tokens + 1)
-        trainer = train_step.make_trainer(config, runtime, attention)
+        trainer = train_step.make_trainer(config, runtime, WAYS[args.as_way][0])
         seconds = train_step.measure(trainer, 2, args.steps)
         train_step.close(trainer)
     print(json.dumps(min(seconds)), flush=True)
@@ -71,7 +69,8 @@ def child_seconds(args: Any, way: str, dtype: str) -> float:
     words = [f"--as-way={way}", f"--dtype={dtype}", f"--recipe={args.recipe}", f"--steps={args.steps}"]
     words += [f"--threads={args.threads}", "--device=cpu", *["--quick"] * args.quick]
     command = [sys.executable, __file__, *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    environ = os.environ | WAYS[way][1]
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

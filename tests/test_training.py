@@ -380,7 +380,7 @@ def test_an_artifact_of_other_code_is_scored_with_a_note(run_main, tiny_run: Run
 NUMBER = r"\d+\.\d{4}"
 EXACT = r"\d+\.\d{8}"
 LINES = [
-    r"environment python:\d+\.\d+\.\S+ torch:\S+ cuda:\S+ world_size:1 device:cpu .* attention:sdpa",
+    r"environment python:\d+\.\d+\.\S+ torch:\S+ cuda:\S+ world_size:1 device:cpu .* attention:blocks",
     r"config recipe:leaky seed:1337 .*matrix_lr:0\.027.*",
     r"validation targets:\d+ bytes:\d+ digest:[0-9a-f]{16}",
     r"track:adaptive",

@@ -259,6 +259,7 @@ PAGES = {
     "docs/results.md": dict(
         recipes=recipes, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
         frontier=partial(sweep, "cpu-frontier.json"), parts=partial(sweep, "cpu-frontier_parts.json"),
+        parts_alone=partial(sweep, "cpu-frontier_parts_alone.json"),
         parts_1000=partial(sweep, "cpu-frontier_1000.json"), ttt=partial(ttt, "cpu-ttt_gain.json"),
         ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
     ),

@@ -906,7 +906,7 @@ class Role(NamedTuple):
     rate: str  # the field of Config with its learning rate
     codec: str  # bank, embedding: integers; by size: those only above 65,536 elements; absent: not in the artifact
     ttt_scopes: tuple[str, ...] = ("all",)  # values of TTT_SCOPE that train it at test time
-    inputs: tuple[str, ...] = ()  # of a bank's parts, by the names that a probe sees
+    inputs: tuple[str, ...] = ()  # what a bank's parts are multiplied with, by the names that a probe sees
 
 
 A_BANK = ("muon", "matrix_lr", "bank", ("all", "last"))
@@ -926,7 +926,7 @@ ROLES = {  # the largest bank first: gradients are reduced in this order
 BANK_NAMES = tuple(name for name, role in ROLES.items() if role.optimizer == "muon")
 PASSTHROUGH_MAX_ELEMENTS = 65_536  # smaller tensors are kept in fp16, vectors and scalars in fp32
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ATTENTION_BLOCK = 128
+ATTENTION_BLOCK = 128  # queries
 RMS_EPS = torch.finfo(torch.float32).eps
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, rotated dimensions / 2)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,Dh), k and v (B,T,Hkv,Dh) → (B,T,H,Dh), causal
@@ -1599,7 +1599,7 @@ class Trainer:
         self.controls = Controls(False, kg_weight, mtp_weight, config.grad_clip_norm)
         self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
         self.losses, self.crown_q = self.model.training_losses, self.model.crown_q
-        if self.compiled:  # two: the penalty is taken once a step, the losses once a micro-batch
+        if self.compiled:  # two graphs: the penalty is taken once a step, the losses once a micro-batch
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             self.losses, self.crown_q = compiled(self.losses), compiled(self.crown_q)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
@@ -3064,7 +3064,7 @@ class Runtime:
         self.control_group: Any = None
         self.former_handlers: list[Any] = []
         self.signal, self.signalled_at = 0, 0.0
-        self.stop_at_once = False  # where nothing worth saving is in the making
+        self.stop_at_once = False  # at a signal, where nothing worth saving is in the making
 
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
@@ -3120,7 +3120,7 @@ class Runtime:
             self.control_group = None
             dist.destroy_process_group()
         elif self.world_size > 1 and not isinstance(error, (UserError, Stopped)):
-            # Ranks that wait for this one go on only when its process is gone.
+            # Ranks that wait for this one go on only when its process is gone, so it does not wait for them.
             of_gloo = "gloo" in str(error)
             if isinstance(error, dist.DistError) or of_gloo:
                 cause = "" if of_gloo else f", or: {' '.join(str(error).split())[:600]}"

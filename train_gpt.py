@@ -225,20 +225,22 @@ def evaluate(
     if config.ttt_enabled:
         shown = dict(rank=config.ttt_rank, chunk=config.ttt_chunk_tokens)
         stages.append(("ttt", lambda: score_then_adapt(*arguments, log), shown))
-    with finished.stopping_at_once():
-        for index, (stage, score, extra) in enumerate(stages):
-            if index == len(finished.results):
-                began = time.perf_counter()
-                finished.add(score(), time.perf_counter() - began)
-            total_logp, seconds = finished.results[index]
-            prefix = "legal_" if stage == "ttt" else f"final_{model.config.bits_label}_"
-            log_result(log, prefix, stage, score_of(total_logp, validation), seconds, **extra)
-            if index == 0:
-                total_s = projected_seconds(config, validation.num_targets, seconds)
-                note = "above what the contest allows" if total_s > STAGE_BUDGET_S else ""
-                log.row("evaluation_projected", note, total_s=total_s, budget_s=STAGE_BUDGET_S)
-        mixer, began, result = make_mixer(config), time.perf_counter(), score_of(finished.results[-1][0], validation)
-        if mixer:
+    for index, (stage, score, extra) in enumerate(stages):
+        if index == len(finished.results):
+            began = time.perf_counter()
+            with finished.stopping_at_once():
+                scores = score()
+            finished.add(scores, time.perf_counter() - began)
+        total_logp, seconds = finished.results[index]
+        prefix = "legal_" if stage == "ttt" else f"final_{model.config.bits_label}_"
+        log_result(log, prefix, stage, score_of(total_logp, validation), seconds, **extra)
+        if index == 0:
+            total_s = projected_seconds(config, validation.num_targets, seconds)
+            note = "above what the contest allows" if total_s > STAGE_BUDGET_S else ""
+            log.row("evaluation_projected", note, total_s=total_s, budget_s=STAGE_BUDGET_S)
+    mixer, began, result = make_mixer(config), time.perf_counter(), score_of(finished.results[-1][0], validation)
+    if mixer:
+        with finished.stopping_at_once():
             result = log_mixed(mixer, finished.scores, runtime, log, validation)
     total_s = sum(seconds for _, seconds in finished.results) + time.perf_counter() - began
     log.row("evaluation", total_s=total_s, budget_s=STAGE_BUDGET_S)

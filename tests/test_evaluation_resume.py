@@ -160,6 +160,21 @@ train_gpt.Checkpoints.finish = lambda checkpoints: (time.sleep(0.3), finish(chec
     assert len(list((tmp_path / "checkpoints" / "run").glob("evaluation*.safetensors"))) == 1
 
 
+def test_a_signal_while_a_finished_stage_is_saved_does_not_lose_it(settings, tiny_data, run_main, tmp_path):
+    environ, save = tiny_environ(tiny_data, tmp_path, **settings), train_gpt.Checkpoints.save
+
+    def interrupted_save(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.Checkpoints, "save", interrupted_save)
+        outcome = run_main(environ)
+    assert outcome.returncode == 143
+    assert "stopped signal:SIGTERM stage:2 " in outcome.stdout
+    assert "resumed_evaluation stages:1" in run_main(environ).stdout
+
+
 def test_time_before_a_restart_counts(settings, tiny_data, run_main, tmp_path):
     environ = tiny_environ(tiny_data, tmp_path, **settings)
     interrupted(run_main, environ, 3, "signal")

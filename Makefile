@@ -21,7 +21,8 @@ $(VENV)/ready: $(REQUIREMENTS) constraints.txt
 $(RUN)/data/manifest.json: $(VENV)/ready data/kg_words.tsv
 	mkdir -p $(RUN)
 	$(BIN)/python data/demo_corpus.py --out $(RUN)/corpus.jsonl
-	$(BIN)/python data/prepare.py $(RUN)/corpus.jsonl --out $(RUN)/data --train-tokenizer 1024 --val-fraction 0.04
+	$(BIN)/python data/prepare.py $(RUN)/corpus.jsonl --out $(RUN)/data --train-tokenizer 1024 --val-fraction 0.04 \
+	  --overwrite
 
 demo: $(RUN)/data/manifest.json
 	RECIPE=demo $(BIN)/python train_gpt.py
@@ -51,4 +52,4 @@ audit-deps:
 	  $(VENV)-audit/bin/python -m pip_audit --strict --no-deps --disable-pip -r constraints.txt; fi
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit runs
+	rm -rf $(VENV) $(VENV)-audit $(RUN)

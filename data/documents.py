@@ -54,7 +54,10 @@ def find_files(inputs: Sequence[Path | str]) -> tuple[list[Path], Counter[str]]:
 
 
 def _walk(folder: Path, passed_over: Counter[str]) -> Iterator[Path]:
-    """Everything in a folder but what is hidden; each real folder once, since links may lead in a circle."""
+    """Everything in a folder but what is hidden and earlier prepared shards.
+
+    Each real folder comes once, since links may lead in a circle.
+    """
 
     def fail(error: OSError) -> NoReturn:
         raise error
@@ -66,6 +69,10 @@ def _walk(folder: Path, passed_over: Counter[str]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if "manifest.json" in files and any(name.endswith(".bin") for name in files):
+            passed_over["prepared folder"] += 1  # of an earlier preparation, with a knowledge graph in a text file
+            folders.clear()
+            continue
         hidden = [name for name in (*folders, *files) if name.startswith(".")]
         if hidden:
             passed_over["hidden"] += len(hidden)

@@ -587,7 +587,7 @@ def run(options: Namespace) -> None:
         say(line)
     vocab_size = manifest["vocab_size"]
     if settings.tokenizer is None and vocab_size < settings.train_pieces:
-        say(f"the text gives {vocab_size} pieces only: set VOCAB_SIZE={vocab_size} when training")
+        say(f"the text gives {vocab_size} pieces only; a run takes their number from the manifest")
     megabytes = sum(manifest["splits"][split]["text_bytes"] for split in SPLITS) / 1e6
     say(
         f"{settings.out}: tokenizer {manifest['tokenizer_hash']} ({vocab_size} pieces), "

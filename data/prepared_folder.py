@@ -23,7 +23,6 @@ STAGING = ".prepare-partial"
 FORMAT = 1
 SPLITS = ("train", "val")
 CHECK_TOKENS = 1 << 22
-OF_THE_TEXT = ("text_bytes", "source_bytes", "changed_bytes")  # which is not in the folder to be measured again
 
 
 @dataclass
@@ -49,6 +48,10 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
 
+# What the shards can be asked again; the rest is of the text, which is not in the folder.
+MEASURED = {each.name for each in dataclasses.fields(Counts)} - {"text_bytes", "source_bytes", "changed_bytes"}
+
+
 def shard_files(folder: Path) -> list[Path]:
     """Every file of a folder that the training program would take for a shard, sorted by name."""
     return sorted({path for split in SPLITS for path in folder.glob(f"*_{split}_*.bin")})
@@ -59,8 +62,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        names = {shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
+        if "splits" not in manifest and "source" in manifest:
+            raise DataError(f"{path}: of data/fetch_fineweb.py, which checks what it has when it is run again")
+        splits = [manifest["splits"][split] for split in SPLITS]
+        names = {Shard(**shard).file for split in splits for shard in split["shards"]}
         known = manifest["format"] == FORMAT and {"name", "tokenizer_hash", "vocab_size"} <= set(manifest)
+        known = known and all(set(split) >= MEASURED for split in splits)
     except FileNotFoundError as error:
         raise DataError(f"{folder}: no {MANIFEST}: not a complete folder; prepare it again") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -193,9 +200,9 @@ def check_split(folder: Path, expected: dict[str, Any], tokenizer: Tokenizer) ->
             found.unknown_tokens += tokenizer.count_unknown(piece)
             last_token = piece[-1:]
         found.tokens += tokens.size
-    for name, value in dataclasses.asdict(found).items():
-        if name not in OF_THE_TEXT and value != expected[name]:
+    for name in sorted(MEASURED):
+        if getattr(found, name) != expected[name]:
             raise DataError(
-                f"{folder}: shards give {name} {value}, {MANIFEST} says {expected[name]}; "
+                f"{folder}: shards give {name} {getattr(found, name)}, {MANIFEST} says {expected[name]}; "
                 "prepare the folder again"
             )

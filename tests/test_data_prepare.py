@@ -352,6 +352,18 @@ def test_what_is_passed_over_is_counted(
         assert count in line
 
 
+def test_what_an_earlier_run_made_inside_the_input_is_no_input(tmp_path: Path, model: Path, corpus: Path) -> None:
+    folder, counts = tmp_path / "in", []
+    folder.mkdir()
+    corpus.rename(folder / corpus.name)
+    for _ in range(2):
+        argv = [folder, "--out", folder / "out", "--tokenizer", model, "--workers", 1]
+        assert prepare.main([str(arg) for arg in argv]) == 0
+        (folder / "out" / "kg_blob.txt").write_text("as most tokenizers have one")
+        counts.append(prepared_folder.check(folder / "out")["splits"])
+    assert counts[0] == counts[1]
+
+
 def test_a_dotted_parquet_column_is_that_column(tmp_path: Path) -> None:
     """Not the field of a nested column whose path reads the same."""
     path = tmp_path / "a.parquet"
@@ -673,9 +685,12 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def edit_manifest(out: Path, key: str, value: int) -> None:
+def edit_manifest(out: Path, key: str, value: object) -> None:
+    """Of the validation split; None takes the key away."""
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["splits"]["val"][key] = value
+    if value is None:
+        del manifest["splits"]["val"][key]
     (out / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -694,6 +709,10 @@ def swap_tokenizer(out: Path) -> None:
         (lambda out: edit_manifest(out, "documents", 1), ["documents", "manifest.json says 1"]),
         (lambda out: edit_manifest(out, "target_bytes", 5), ["target_bytes", "manifest.json says 5"]),
         (lambda out: edit_manifest(out, "tokens", 5), ["tokens", "manifest.json says 5"]),
+        (lambda out: edit_manifest(out, "shards", [{"file": "a", "tokens": 1}]), ["manifest.json", "damaged"]),
+        (lambda out: edit_manifest(out, "shards", [dict.fromkeys(("file", "sha1"))]), ["manifest.json", "damaged"]),
+        (lambda out: edit_manifest(out, "documents", None), ["manifest.json", "not a manifest"]),
+        (lambda out: (out / "manifest.json").write_text('{"source": "hub"}'), ["manifest.json", "fetch_fineweb.py"]),
         (swap_tokenizer, ["tokenizer.model", "hash"]),
         (lambda out: (out / "tokenizer.model").write_bytes(b"nothing"), ["tokenizer.model"]),
         (lambda out: (out / "tokenizer.model").unlink(), ["tokenizer.model", "No such file"]),

@@ -234,6 +234,53 @@ def test_a_failed_run_is_named_with_its_last_line_the_others_go_on_and_it_is_rep
     assert report(tmp_path)["missing"] == []
 
 
+def test_what_a_failed_run_was_made_of_does_not_bind_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, data = tmp_path / "out", tmp_path / "data"
+    data.mkdir()
+    options = ["--variant", "LEAKY_SLOPE=0.5", "--env", f"DATA_PATH={data}"]
+    monkeypatch.setenv("FAKE_FAILS", "1")
+    assert run(out, *options, seeds="1") == 1
+    monkeypatch.delenv("FAKE_FAILS")
+    (data / "text_train_000000.bin").write_bytes(b"tokens")
+    assert run(out, *options, seeds="1") == 0
+    (record,) = out.rglob("sweep.json")
+    assert len(json.loads(record.read_text())["data"]) == 1
+
+
+def test_without_matplotlib_the_table_says_that_it_has_no_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
+    assert (tmp_path / "report.png").is_file()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
+    printed = capsys.readouterr().out
+    assert "pip install matplotlib" in printed
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") in printed
+    assert not (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize("absent", ["data", "tokenizer", "script"])
+def test_what_every_run_would_miss_is_said_before_the_first(
+    absent: str, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tiny_environ(tiny_data, tmp_path)
+    changed = {"data": dict(DATA_PATH=tmp_path / "no"), "tokenizer": dict(TOKENIZER_PATH=tmp_path / "no")}
+    environ = there | {name: str(value) for name, value in changed.get(absent, {}).items()}
+    settings = [f"{name}={value}" for name, value in environ.items() if name in sweep.FIELDS - sweep.OWN]
+    script = ["--script", tmp_path / "no"] if absent == "script" else []
+    words = ["--out", tmp_path / "out", "--env", *settings, "--variant", "LEAKY_SLOPE=0.5", *script]
+    assert_refused(capsys, sweep.main, words, str(tmp_path / "no"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variable_that_train_gpt_does_not_know_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--set", "NOSUCH=1,2", seeds="1") == 0
+    assert "NOSUCH" in capsys.readouterr().out.splitlines()[0]
+
+
 @pytest.mark.parametrize("event", ["total_bytes", "config"])
 def test_a_finished_run_whose_log_lacks_a_row_is_run_again(
     event: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -226,6 +226,11 @@ class Run:
             return {}
 
     @property
+    def counts(self) -> bool:
+        """Whether it is finished, or left a checkpoint to go on from; if neither, nothing of it reaches a result."""
+        return self.state == "done" or any(path.is_file() for path in (self.folder / "checkpoints").rglob("*"))
+
+    @property
     def state(self) -> str:
         """done, begun or missing."""
         return "done" if self.last_row().get("event") == FINAL else "begun" if self.log.exists() else "missing"
@@ -297,6 +302,22 @@ def data_digest(settings: Mapping[str, str], script: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def require_inputs(variants: Sequence[Variant], script: Path) -> None:
+    """Raises SweepError for a script, shards or a tokenizer without which every run would fail.
+
+    What another script than train_gpt.py reads is not known here.
+    """
+    if not script.is_file():
+        raise SweepError(f"--script {script}: no such file")
+    try:
+        for config in {train_gpt.Config.from_env(each.settings) for each in variants if script == SCRIPT}:
+            for split in ("train", "val"):
+                train_gpt.find_shards(config.data_path, split)
+            train_gpt.Tokenizer(config.tokenizer_path, config.vocab_size)
+    except train_gpt.UserError as error:
+        raise SweepError(str(error)) from error
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Running them
 # ----------------------------------------------------------------------------------------------------------
@@ -324,7 +345,7 @@ class Runner:
 
         `code` and `data` are digests of when the sweep began: a run of others is not begun.
         """
-        began, record = time.monotonic(), run.record()
+        began, record = time.monotonic(), run.record() if run.counts else {}
         try:
             run.error = self._changed_since(code, data, run.variant)
             if run.error:
@@ -426,7 +447,7 @@ def outcomes_of(runs: Sequence[Run], stage: str) -> list[Outcome]:
 def check_alike(runs: Sequence[Run], code: str, data: Mapping[str, str]) -> list[str]:
     """Which runs that exist are of other code or data than the script and the folders have now, in sentences."""
     problems = []
-    for run in runs:
+    for run in filter(lambda run: run.counts, runs):
         now = dict(code=code, data=data[run.variant.name])
         for what, present in now.items():
             others = [digest for digest in run.record().get(what, []) if digest != present]
@@ -501,15 +522,20 @@ def sweep(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code. Raises SweepError, OSError and KeyboardInterrupt."""
     variants = choose_variants(args)
     script, baseline = args.script.resolve(), variants[0].name
+    unknown = sorted({name for each in variants for name in each.settings} - FIELDS)
+    passed_on = [f"no settings of train_gpt.py, handed on: {', '.join(unknown)}"] if unknown else []
     code, data = code_digest(script), {each.name: data_digest(each.settings, script) for each in variants}
     runs = runs_of(variants, args.seeds, args.out)
     mixed = check_alike(runs, code, data)
     if args.list:
-        print_list(variants, runs, [f"MIXED: {text}" for text in mixed])
+        print_list(variants, runs, [*passed_on, *(f"MIXED: {text}" for text in mixed)])
         return 0
+    require_inputs(variants, script)
     if mixed and not args.mixed:
         more = f" (and {len(mixed) - 1} more)" if len(mixed) > 1 else ""
         raise SweepError(f"{args.out}: {mixed[0]}{more}; choose another --out, or --mixed to compare them all the same")
+    for note in passed_on:
+        print(note, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "lock").open("a", encoding="utf-8") as lock:
         if not train_gpt.try_lock(lock):

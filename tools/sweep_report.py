@@ -164,11 +164,18 @@ def plot(rows: Sequence[Mapping[str, Any]], stage: str, path: Path) -> None:
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], stage: str, about: Mapping[str, Any]) -> str:
-    """Write report.md, report.json and report.png into `folder`; returns the Markdown. Raises OSError."""
-    text = render_markdown(rows, stage, about["notes"])
+    """Write report.md, report.json and report.png into `folder`; returns the Markdown. Raises OSError.
+
+    Without matplotlib there is no picture, which the Markdown says.
+    """
+    text, picture = render_markdown(rows, stage, about["notes"]), folder / "report.png"
+    picture.unlink(missing_ok=True)
+    try:
+        if rows:
+            plot(rows, stage, picture)
+    except ImportError as error:
+        text += f"- no picture ({error}): pip install matplotlib, and start the same command again\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     content = dict(bench="sweep", stage=stage, variants=list(rows), **about)
     (folder / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if rows:
-        plot(rows, stage, folder / "report.png")
     return text

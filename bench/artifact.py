@@ -47,8 +47,10 @@ def timed(name: str, action: Callable[[], Any]) -> tuple[dict[str, float], Any]:
 def measure(config: train_gpt.Config, layers: int, folder: Path) -> dict[str, Any]:
     """Seconds of every way from a model of so many layers to its artifact, and of the way back."""
     torch.manual_seed(config.seed)
-    shape = dict(num_layers=layers, ve_layers=(layers - 1,), xsa_last_n=min(layers, config.xsa_last_n), mtp_num_heads=0)
-    config = dataclasses.replace(config, **shape)  # pyright: ignore[reportArgumentType]
+    config = dataclasses.replace(
+        config, num_layers=layers, ve_layers=(layers - 1,), xsa_last_n=min(layers, config.xsa_last_n), mtp_num_heads=0,
+        repeat_layers=(), ttt_freeze_blocks=0,
+    )  # fmt: skip
     model, path = train_gpt.GPT(config), folder / f"{layers}.ptz"
     with torch.no_grad():
         for parameter in model.parameters():

@@ -46,8 +46,8 @@ PROGRAM = "train_gpt.py"
 # Section: its functions and classes, and the test files that should notice a fault in them, likeliest first.
 SECTIONS = {
     "model": (
-        "blocked_attention rms_norm rope_tables apply_rope remove_own_value LayerContext BigramHash SmearGate "
-        "ValueEmbedding SelfAttention Block GPT",
+        "blocked_attention rms_norm rope_tables apply_rope remove_own_value LayerContext ProjectedTable pair_buckets "
+        "SmearGate SelfAttention Block GPT",
         "test_golden_model test_golden_model_700 test_model",
     ),
     "optimizers": (
@@ -55,9 +55,9 @@ SECTIONS = {
         "test_optimizers test_training",
     ),
     "artifact": (
-        "Grid fake_quantize export_plan grid_of QuantizeOptions candidate_scales best_rounding round_plainly factorize "
+        "Grid fake_quantize export_plan grid_of candidate_scales best_rounding round_plainly factorize "
         "round_by_hessian smallest quantize dequantize calibrate size_classes ans_tables encode_levels decode_levels "
-        "entropy_bound shuffle_bytes pack_tensors fit_artifact save_artifact load_artifact",
+        "order0_entropy_bytes shuffle_bytes pack_tensors unpack_artifact fit_artifact save_artifact load_artifact",
         "test_quantization test_gptq test_artifact",
     ),
     "scoring": (
@@ -67,7 +67,8 @@ SECTIONS = {
     ),
     "mixing": (
         "_heads _Groups causal_ngram_counts iter_ngram_counts _count_order iter_hashed_counts Evidence _bin "
-        "BackoffNgramMixer PublishedBackoffMixer HedgeMixer guard blend mix_stream mix_scores MassProbe",
+        "BackoffNgramMixer PublishedBackoffMixer HedgeMixer guard blend mix_scores MassProbe "
+        "recount_exact recount_group _tally",
         "test_ngram_counts test_mixers test_golden_scoring",
     ),
 }

@@ -105,20 +105,24 @@ def run_all(jobs: tuple[Job, ...], extra: list[str], folder: Path = FOLDER) -> l
 
 def main() -> int:
     parser = common.arguments(__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these scripts alone")
-    parser.add_argument("--out", type=Path, help="instead of bench/results/<device>-<commit>.json")
+    names = sorted({job.script for jobs in JOBS.values() for job in jobs})
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="these scripts alone")
+    parser.add_argument("--out", type=Path, help="instead of <device>-<commit>.json in bench/results/, or in runs/ "
+                        "with --quick or --only")  # fmt: skip
     args = parser.parse_args()
     device = pick_device(args)
     jobs = tuple(job for job in JOBS[device] if not args.only or job.script in args.only)
     commit = common.git_commit()
-    out = args.out or FOLDER / "results" / f"{device}-{commit}.json"
+    folder = common.REPO / "runs" if args.quick or args.only else FOLDER / "results"
+    out = args.out or folder / f"{device}-{commit}.json"
     began = time.perf_counter()
     load_before = os.getloadavg()[0]
     extra = ["--device", device, "--threads", str(args.threads)] + ["--quick"] * args.quick
     rows = run_all(jobs, extra)
     failed = [row["script"] for row in rows if "error" in row]
     whole = dict(
-        device=device, commit=commit, quick=args.quick, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        device=device, commit=commit, quick=args.quick, only=args.only,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         load_before=round(load_before, 2), seconds=round(time.perf_counter() - began, 1), failed=failed, scripts=rows,
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +132,7 @@ def main() -> int:
     print(f"wrote {out}: {len(rows)} scripts, {whole['seconds']} s, failed: {failed or 'none'}")
     print(f"limits missed: {'; '.join(missed) or 'none'}")
     print(json.dumps(dict(bench="run_all", device=device, commit=commit, failed=failed, missed=missed, file=str(out))))
-    return int(bool(failed))
+    return int(bool(failed or missed))
 
 
 def pick_device(args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""How long from the command to the first token: import, model, artifact, first step?
+"""How long from the command to the first step: import, model, first pass?
 
     python bench/startup.py [--device cuda]
 

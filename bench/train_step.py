@@ -34,7 +34,7 @@ GEMM_NAMES = ("aten::mm", "aten::addmm", "gemm", "cutlass", "nvjet", "xmma", "cu
 QUICK = dict(
     num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, ve_layers=(1,), ve_dim=16, bigram_dim=16, xsa_last_n=1,
     bigram_vocab_size=64, train_seq_len=64, eval_seq_len=64, eval_stride=16, mtp_num_heads=0,
-    repeat_layers=(),
+    repeat_layers=(), ttt_freeze_blocks=0,
 )  # fmt: skip
 
 

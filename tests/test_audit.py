@@ -443,9 +443,13 @@ def test_violation_ends_in_exit_code_1(
     log, out = tmp_path / "run.jsonl", tmp_path / "audit.json"
     log.write_text("".join(json.dumps(row) + "\n" for row in log_rows(evaluation_s=601.0)))
     assert audit.main(["--log", str(log), "--json", str(out)]) == 1
-    last_line = capsys.readouterr().out.splitlines()[-1]
-    assert last_line.startswith(f"INVALID: 1 of 4 checks fail: {audit.TIME} (")
+    verdict = f"INVALID: 1 of 4 checks fail: {audit.TIME} ("
+    assert capsys.readouterr().out.splitlines()[-1].startswith(verdict)
     assert json.loads(out.read_text())["violated"] == [audit.TIME]
+    assert audit.main(["--log", str(log), "--json", str(tmp_path / "absent" / "audit.json")]) == 2
+    printed, error = capsys.readouterr()
+    assert printed.splitlines()[-1].startswith(verdict)
+    assert error.splitlines()[-1].startswith("error: ")
 
 
 def test_settings_of_the_artifact_and_of_the_environment(config: train_gpt.Config) -> None:

@@ -202,6 +202,7 @@ def test_the_table_is_made_of_the_newest_whole_run_of_each_device(tmp_path):
     runs = [
         written_run("cpu", "2026-01-01T00:00:00", 100.0), written_run("cpu", "2026-02-01T00:00:00", 1234.5),
         written_run("cpu", "2026-03-01T00:00:00", 9.0, quick=True), written_run("cuda", "2026-01-05T00:00:00", 400.0),
+        written_run("cpu", "2026-04-01T00:00:00", 9.0, only=["fine"]),
     ]  # fmt: skip
     for number, run in enumerate(runs):
         (tmp_path / f"{run['device']}-{number}.json").write_text(json.dumps(run))
@@ -230,6 +231,20 @@ def test_a_page_without_one_pair_of_markers_is_refused(text):
 def test_no_results_are_an_error_with_the_command_that_makes_them(tmp_path):
     with pytest.raises(report.ReportError, match=r"run bench/run_all\.py"):
         report.performance(tmp_path)
+
+
+def test_the_log_of_an_unfinished_run_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPO", tmp_path)
+    (tmp_path / "logs").mkdir()
+    whole = sorted((REPO / "logs").glob("docs_*_seed*.jsonl"))[0]
+    rows = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    copy = tmp_path / "logs" / whole.name
+    copy.write_text("".join(rows), encoding="utf-8")
+    assert [len(runs) for runs in report.committed_runs().values()] == [1]
+    for kept in (0, 1, 3, len(rows) - 3):
+        copy.write_text("".join(rows[:kept]), encoding="utf-8")
+        with pytest.raises(report.ReportError, match=whole.name):
+            report.committed_runs()
 
 
 def test_pages_that_are_out_of_date_are_written_again(tmp_path, capsys):

@@ -99,6 +99,11 @@ def test_a_recorded_fault_finds_its_place_in_a_changed_program(old, new, placed)
         assert "pick(second,first)*7" in found.put_into(changed).decode().replace(" ", "").replace("\n", "")
 
 
+def test_what_is_to_be_changed_is_in_the_program():
+    finder = mutations.Finder((REPO / mutations.PROGRAM).read_bytes())
+    assert set(finder.section_of) <= finder.defined
+
+
 def mutate(root: Path, out: Path, *options: str) -> dict:
     script = str(REPO / "bench" / "mutations.py")
     command = [sys.executable, script, "--root", str(root), "--out", str(out), "--count", "9", *options]

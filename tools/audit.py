@@ -1420,6 +1420,11 @@ def main(words: Sequence[str] | None = None) -> int:
     began = monotonic()
     try:
         report = audit(arguments)
+        # First: what was found must not be lost for a file that cannot be written.
+        print("\n".join(report.lines()))
+        if arguments.decode:
+            print("\n".join(report.sentences))
+        print(f"{report.conclusion()} ({monotonic() - began:.0f} s; drawn by --seed {report.seed})")
         if arguments.json or arguments.html:
             result = {
                 "valid": not report.violations,
@@ -1438,10 +1443,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except (train_gpt.UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    print("\n".join(report.lines()))
-    if arguments.decode:
-        print("\n".join(report.sentences))
-    print(f"{report.conclusion()} ({monotonic() - began:.0f} s; drawn by --seed {report.seed})")
     return 1 if report.violations else 0
 
 

@@ -52,7 +52,9 @@ def newest_results(folder: Path) -> list[dict[str, Any]]:
     newest: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(run, dict) and {"scripts", "device", "date"} <= set(run) and not run.get("quick"):
+        if isinstance(run, dict) and {"scripts", "device", "date"} <= set(run):
+            if run["quick"] or run.get("only"):
+                continue
             earlier = newest.get(run["device"])
             if earlier is None or earlier["date"] < run["date"]:
                 newest[run["device"]] = run
@@ -100,8 +102,10 @@ def read_results(name: str) -> dict[str, Any]:
 
 
 def committed_runs() -> dict[str, list[SeedRun]]:
-    """The runs on the documentation corpus by recipe, in the program's order."""
+    """The runs on the documentation corpus by recipe, in the program's order. Raises ReportError."""
     runs = [read_run(path) for path in sorted((REPO / "logs").glob("docs_*_seed*.jsonl"))]
+    if unfinished := [run for run in runs if not (run.finished and run.settings)]:
+        raise ReportError(f"{unfinished[0].path} is no finished run's log; take it out of logs/, or finish the run")
     found = {recipe: [run for run in runs if run.settings[0]["recipe"] == recipe] for recipe in train_gpt.RECIPES}
     return {recipe: runs for recipe, runs in found.items() if runs}
 

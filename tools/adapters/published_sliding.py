@@ -33,4 +33,4 @@ def score(tokens):
 
 
 # 5: what else must shrink with the stream, such as a mixer with its hash tables: make it anew in every score(), with as
-# many entries per target as the real one has. DRAW_FROM = 200 draws positions from target 100 on, once counts exist.
+# many entries per target as the real one has. DRAW_FROM = 200 draws positions from target 200 on, once counts exist.

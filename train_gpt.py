@@ -62,7 +62,7 @@ BOS_ID = 1  # every document begins with it
 SIZE_LIMIT_BYTES = 16_000_000  # code plus artifact
 MASS_TOLERANCE = 1e-4  # how far the sum of a distribution may be from 1
 GAP_TOLERANCE = 1e-6  # nats that an entry in it may be from the stream's score
-STAGE_BUDGET_S = 600.0  # the contest's, for training and for evaluation
+STAGE_BUDGET_S = 600.0  # the contest's, for training and evaluation
 
 
 class UserError(Exception):
@@ -133,7 +133,7 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
     """The whole job: train (unless EVAL_ONLY), reload the artifact into a fresh model, score it."""
     backend, attend = choose_attention(config.attention, runtime.device)
     log.row("environment", **runtime.describe(), attention=backend)
-    everywhere = config.without(*PLACE_FIELDS, "resume")  # on another node files may lie at another place
+    everywhere = config.without(*PLACE_FIELDS, "resume")  # other nodes may have files elsewhere
     runtime.require_same("settings or code", everywhere.to_json() + code_digest())
     config = follow_machine(config, runtime, log)
     log.row("config", **asdict(config))
@@ -157,9 +157,9 @@ def run(config: Config, runtime: Runtime, log: RunLog, checkpoints: Checkpoints)
         raise ArtifactError(f"{path} needs another tokenizer than {config.tokenizer_path}")
     if metadata["code"] != code_digest():
         log.line(f"note: other code wrote this artifact ({metadata['code']}) than reads it ({code_digest()})")
-    seed = config.sample_seed or 1 + int(digest_of(content, validation.digest)[:12], 16)  # a restart's is the same
+    seed = config.sample_seed or 1 + int(digest_of(content, digest)[:12], 16)  # a restart's is the same
     config = replace(config, sample_seed=seed)
-    log.row("sampled_targets", seed=seed, count=len(sample_targets(validation.num_targets, seed)))
+    log.row("sampled_targets", seed=seed, count=len(sample_targets(targets, seed)))
     model.compute_dtype = COMPUTE_DTYPES[config.compute_dtype]
     settings = f"{config.portable().to_json()} {config.compute_dtype} {runtime.world_size}"
     finished = FinishedStages(checkpoints, digest_of(content, digest, settings, *code_paths()))
@@ -199,17 +199,16 @@ def write_artifact(trainer: Trainer) -> Path:
     hessians = calibrate(trainer) if config.quantizer == "gptq" else None
     if runtime.is_main:
         began = time.perf_counter()
+        packed = pack_artifact(trainer.model, tokenizer, hessians, log)
         try:
-            save_artifact(trainer.model, tokenizer, path, hessians, log)
+            write_artifact_file(path, packed)
         except ArtifactError as error:  # nothing trained is lost for a folder
             log.line(f"note: {error}")
             path = config.artifact_path
-            save_artifact(trainer.model, tokenizer, path, hessians, log)
-        if path != config.artifact_path:
-            write_artifact_file(config.artifact_path, path.read_bytes())
+        write_artifact_file(config.artifact_path, packed)
         time_s, quantizer = time.perf_counter() - began, "gptq" if hessians else "lite"
         log.row("quantization", time_s=time_s, quantizer=quantizer, artifact=str(config.artifact_path))
-        log_ledger(log, path.stat().st_size, f"{config.bits_label}+{config.compressor}")
+        log_ledger(log, len(packed), f"{config.bits_label}+{config.compressor}")
     return path
 
 
@@ -264,7 +263,7 @@ def log_result(log: RunLog, prefix: str, stage: str, result: Score, seconds: flo
 
 # 2. Config ----
 # In: environment variables. Out: one frozen object, checked before anything starts: of each setting the variable's
-# value, else the recipe's, else the default below.
+# value, else the recipe's, else what lies in DATA_PATH, else the default below.
 
 
 def number(default: float, meaning: str, low: float = 0, high: float = 10**9) -> Any:
@@ -516,7 +515,7 @@ class Config:
 
     @property
     def coarseness(self) -> dict[str, Any]:
-        """What FIT_BYTES changes."""
+        """How coarse the artifact is."""
         return {name: getattr(self, name) for name in ("clip_std", "embed_clip_std", "prune_fraction")}
 
     @property
@@ -1539,7 +1538,7 @@ def make_trainer(
     config: Config, runtime: Runtime, log: RunLog, tokenizer: Tokenizer, validation: ValidationSet,
     checkpoints: Checkpoints,
 ) -> Trainer:
-    """Everything for a training run; logs how large it is."""
+    """A whole training run; logs how large it is."""
     stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
     loader = TokenLoader(stream, config, runtime)
     model = GPT(config, choose_attention(config.attention, runtime.device)[1]).to(runtime.device)
@@ -1623,6 +1622,7 @@ class Trainer:
             if last or (self.step and self.step % (self.config.val_loss_every or self.config.iterations) == 0):
                 self.clock.pause()  # validation takes no training time
                 self.elapsed_s = self.clock.agreed()[0]
+                self.save()  # a stop meanwhile loses nothing
                 result = self.validation_score()
                 self.log_step("step_validation", result.note, **result.headline(), **self._timing())
                 if last:
@@ -1934,10 +1934,10 @@ SMALLER_MODEL = "use fewer layers, a smaller MLP_MULT or BIGRAM_VOCAB_SIZE, or f
 Hessians = Mapping[str, "HessianFactor"]  # by bank
 
 
-def save_artifact(
-    model: GPT, tokenizer_digest: str, path: Path, hessians: Hessians | None = None, log: RunLog | None = None
-) -> int:
-    """Write the artifact atomically; its size in bytes. Raises ArtifactError."""
+def pack_artifact(
+    model: GPT, tokenizer_digest: str, hessians: Hessians | None = None, log: RunLog | None = None
+) -> bytes:
+    """Raises ArtifactError where it cannot fit."""
     config, digests = model.config, dict(tokenizer=tokenizer_digest, code=code_digest())
     metadata = dict(format=ARTIFACT_FORMAT, config=config.portable().to_json(), plan=model.plan, **digests)
     make = partial(quantize, model.state_dict(), model.plan, hessians=hessians)
@@ -1954,8 +1954,7 @@ def save_artifact(
         parts = [sum(share.get(name + end, 0) for end in ("", ".levels", ".scale")) for name in model.plan]
         ends = np.rint(np.cumsum([0, *parts]) * (len(packed) / sum(parts))).astype(int)
         log.tell("tensor_bytes", bytes=dict(zip(model.plan, np.diff(ends).tolist())), codec=model.plan)
-    write_artifact_file(path, packed)
-    return len(packed)
+    return packed
 
 
 def write_artifact_file(path: Path, content: bytes) -> None:
@@ -2081,14 +2080,14 @@ def calibrate(trainer: Trainer) -> Hessians:
             sums[name] = rows.new_zeros(config.num_layers, rows.size(-1), rows.size(-1))
         sums[name][layer].addmm_(rows.mT, rows)
 
-    batches = (ids for step in itertools.count(trainer.step) for ids, _ in trainer.loader.batch(step))
+    batches = map(trainer.loader.batch, itertools.count(trainer.step))  # whole steps, at any world size
     clock.start()
     began_s = now_s = clock.agreed()[0]
     batch_s, tokens = began_s / max(trainer.step, 1), 0  # a step takes longer than a forward pass
     while tokens < config.calibration_tokens and now_s + batch_s <= (config.max_wallclock_seconds or math.inf):
-        ids = next(batches)
-        trainer.model.forward_hidden(ids, probe=probe)
-        tokens += ids.numel() * runtime.world_size
+        for ids, _ in next(batches):
+            trainer.model.forward_hidden(ids, probe=probe)
+        tokens += config.train_batch_tokens
         runtime.synchronize()
         before_s, now_s = now_s, clock.agreed()[0]
         batch_s = now_s - before_s
@@ -2370,7 +2369,7 @@ def score_then_adapt(
     for chunk, start in enumerate(chunk_starts):
         stop = min(start + chunk_tokens, num_targets)
         first, last = np.searchsorted(windows.starts + windows.length, (start, stop), side="right")
-        logp, _ = scorer.score_all(windows, int(first), int(last))
+        logp = scorer.score_all(windows, int(first), int(last))
         lr = trainer.learning_rate(chunk, len(chunk_starts)) if stop < num_targets else 0.0
         if log:
             nats, size = -logp.sum(dtype=np.float64), validation.bytes[start:stop].sum()
@@ -2505,7 +2504,7 @@ class ChunkTrainer:
 
 
 class WindowScorer:
-    """Scores windows with the model as it is now; compiled on CUDA for full batches."""
+    """Scores windows with the model as it is now; compiled for full batches."""
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime, tokens: np.ndarray, temperature: float = 1.0):
         self.model, self.runtime, self.temperature = model, runtime, temperature
@@ -2524,7 +2523,7 @@ class WindowScorer:
 
     @torch.inference_mode()
     def score_all(self, windows: Windows, first: int, stop: int) -> np.ndarray:
-        """logp and entropy (2, N) of windows first … stop-1, on every rank; each scores a contiguous part."""
+        """logp (N,) of windows first … stop-1, on every rank; each scores a contiguous part."""
         ends = windows.starts + windows.length  # of windows and of what they score
         share = self.runtime.share(stop - first)
         start, own_stop = first + share.start, first + share.stop
@@ -2538,7 +2537,7 @@ class WindowScorer:
             self.keep(ends[start] - tail, logp.flatten(), entropy.flatten(), every.flatten(0, 1))
             start = end
         scored = self.scores[ends[first] - windows.tails[first] : ends[stop - 1]]
-        return self.runtime.all_reduce_sum(scored).T.cpu().numpy()
+        return self.runtime.all_reduce_sum(scored)[:, 0].cpu().numpy()
 
     def keep(self, first: int, logp: Tensor, entropy: Tensor, every: Tensor) -> None:
         """Take the answers (N,), (N,) and (N, V) for targets from `first` on."""
@@ -2589,7 +2588,7 @@ def score_of(logp: np.ndarray | float, validation: ValidationSet, valid: bool = 
     total_logp = float(np.sum(logp, dtype=np.float64))
     tokens, total_bytes = validation.num_targets, int(validation.bytes.sum())
     bpb = -total_logp / (math.log(2) * total_bytes)
-    return Score(-total_logp / tokens, bpb, tokens, total_bytes, validation.partial, valid)
+    return Score(-total_logp / tokens, bpb, tokens, total_bytes, validation.partial, valid and math.isfinite(bpb))
 
 
 class Score(NamedTuple):
@@ -2642,7 +2641,7 @@ def log_mixed(mixer: Mixer, scores: TokenScores, runtime: Runtime, log: RunLog, 
 
 def make_mixer(config: Config) -> Mixer | None:
     kinds = {"backoff": BackoffNgramMixer, "backoff-published": PublishedBackoffMixer, "hedge": HedgeMixer}
-    return kinds[config.mixer](config) if config.mixer in kinds else None
+    return kinds.get(config.mixer, lambda _: None)(config)
 
 
 def mix_scores(
@@ -2797,7 +2796,7 @@ class BackoffNgramMixer(Mixer):
         cell = cell * entropies + _bin(block.entropy, self.entropy_edges)
         weight = self.taken.take(cell) / self.reached.take(cell)
         chain = np.empty((orders + 1, len(block.logp)))
-        chain[0] = np.exp(block.logp)
+        chain[0] = np.exp(block.logp, dtype=np.float64)  # in fp32 it could be 0
         for k in range(orders):
             chain[k + 1] = chain[k] + weight[k] * (block.expert[k] - chain[k])
         return cell, weight, chain
@@ -3054,7 +3053,7 @@ class Runtime:
         if not 0 <= self.rank < self.world_size:
             advice = "torchrun sets RANK from 0 to WORLD_SIZE - 1; unset both without it"
             raise ConfigError(f"RANK={self.rank} with WORLD_SIZE={self.world_size} cannot be: {advice}")
-        self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "")
         self.timeout = datetime.timedelta(seconds=config.join_seconds)
         self.meeting_place = f"MASTER_ADDR={environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
         gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
@@ -3107,7 +3106,7 @@ class Runtime:
         store.set(f"device{self.rank}", self.device.type)
         if len({store.get(f"device{rank}") for rank in range(self.world_size)}) > 1:  # waits for all of them
             advice = "DEVICE=cuda tells on which node CUDA fails, or use DEVICE=cpu on all"
-            raise ConfigError(f"some ranks have a CUDA device, others none (this one: {self.device.type}); {advice}")
+            raise UserError(f"some ranks have a CUDA device, others none (this one: {self.device.type}); {advice}")
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world_size, device_id=device_id, timeout=self.timeout
         )
@@ -3137,7 +3136,7 @@ class Runtime:
 
         Under a launcher, which repeats signals, it comes a second later, and an alarm ends a rank that cannot stop.
         """
-        if self.world_size == 1:
+        if not (self.attempt or self.world_size > 1):
             for each in self.SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
         elif not self.signal:
@@ -3309,8 +3308,8 @@ class RunLog:
             stream.flush()
         except OSError as error:
             if stream.name not in self.failed:
-                sys.stderr.write(f"warning: cannot write the log {stream.name}: {error.strerror}; the run goes on\n")
-            self.failed.add(stream.name)
+                self.failed.add(stream.name)
+                self._write(sys.stderr, f"warning: cannot write the log {stream.name}: {error.strerror}; it goes on\n")
 
     def row(self, event: str, note: str = "", head: str = "", told: State | None = None, **fields: Any) -> None:
         """One event as `event key:value … note` and as JSON; `train_time_ms=1.0` shows `train_time:1ms`.
@@ -3365,10 +3364,11 @@ def claim_run(config: Config, folder: Path) -> tuple[str, TextIO]:
     saved, logs = folder.parent / "checkpoints", list[Path]()
     if config.resume:
         owner = re.escape(Path(config.resume).parent.name)
-        names = re.compile(re.escape(base) if config.run_id else f"{re.escape(base)}(_[0-9]+)?|{owner}")
+        names = re.compile(re.escape(base) if config.run_id else owner or f"{re.escape(base)}(_[0-9]+)?")
         logs = [path for path in folder.glob("*.txt") if names.fullmatch(path.stem)]
         # First one that left something to go on from, then the newest.
-        logs.sort(key=lambda path: ((saved / path.stem).exists(), path.stat().st_mtime), reverse=True)
+        left = "evaluation_*" if config.eval_only else "*_step*"
+        logs.sort(key=lambda path: (any((saved / path.stem).glob(left)), path.stat().st_mtime), reverse=True)
     numbered = (folder / f"{base}_{number}.txt" for number in itertools.count(2))
     for path in itertools.chain(logs, [folder / f"{base}.txt"], numbered):
         if config.resume or not (saved / path.stem).exists():

@@ -10,7 +10,6 @@ of a trained model's. Fewer layers show the growth.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 import tempfile
 import time
@@ -56,7 +55,12 @@ def measure(config: train_gpt.Config, layers: int, folder: Path) -> dict[str, An
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     row: dict[str, Any] = dict(layers=layers, parameters=sum(p.numel() for p in model.parameters()))
-    save = functools.partial(train_gpt.save_artifact, model, "", path)
+
+    def save(hessians: Any = None) -> int:
+        packed = train_gpt.pack_artifact(model, "", hessians)
+        train_gpt.write_artifact_file(path, packed)
+        return len(packed)
+
     spent, row["bytes"] = timed("save", save)
     row |= spent | timed("load", lambda: train_gpt.load_artifact(path))[0]
     moments = draw_moments(config)

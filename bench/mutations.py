@@ -57,7 +57,7 @@ SECTIONS = {
     "artifact": (
         "Grid fake_quantize export_plan grid_of candidate_scales best_rounding round_plainly factorize "
         "round_by_hessian smallest quantize dequantize calibrate size_classes ans_tables encode_levels decode_levels "
-        "order0_entropy_bytes shuffle_bytes pack_tensors unpack_artifact fit_artifact save_artifact load_artifact",
+        "order0_entropy_bytes shuffle_bytes pack_tensors unpack_artifact fit_artifact pack_artifact load_artifact",
         "test_quantization test_gptq test_artifact",
     ),
     "scoring": (

@@ -196,7 +196,7 @@ class Bench:
         seconds = time.perf_counter() - began
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.ptz"
-            size = train_gpt.save_artifact(model, self.tokenizer.digest, path, hessians)
+            size = path.write_bytes(train_gpt.pack_artifact(model, self.tokenizer.digest, hessians))
             stored, _, _ = train_gpt.load_artifact(path, model.attend)
         after = self.bpb(stored.to(self.runtime.device))
         tax, divergence = after - outcome.fields["before"], self.divergence(trained, stored)

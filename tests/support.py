@@ -78,11 +78,11 @@ os._exit(code)
 """
 
 
-def start(environ: dict[str, str], patch: str, tmp_path: Path, nproc: int = 1, restarts: int = 0) -> subprocess.Popen:
-    """The script after these lines, by itself or under torchrun."""
+def start(environ: dict[str, str], patch: str, tmp_path: Path, nproc: int = 0, restarts: int = 0) -> subprocess.Popen:
+    """The script after these lines, under torchrun with so many processes, or without it."""
     script = tmp_path / "patched.py"
     script.write_text(PATCHED.format(repo=str(REPO), tests=str(REPO / "tests"), patch=patch))
-    command = torchrun(nproc, script, restarts=restarts) if nproc > 1 else [sys.executable, str(script)]
+    command = torchrun(nproc, script, restarts=restarts) if nproc else [sys.executable, str(script)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, encoding="utf-8")
 
@@ -98,6 +98,15 @@ def modules_replaced(modules: Mapping[str, ModuleType | None]) -> Iterator[None]
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
         yield
+
+
+def save_artifact(model: Any, tokenizer_digest: str, path: Path, hessians: Any = None, log: Any = None) -> int:
+    """Pack and write a model; returns the bytes of the file."""
+    import train_gpt
+
+    packed = train_gpt.pack_artifact(model, tokenizer_digest, hessians, log)
+    train_gpt.write_artifact_file(path, packed)
+    return len(packed)
 
 
 def numbers(rows: Iterable[dict[str, Any]]) -> dict[int, tuple]:

@@ -22,7 +22,7 @@ import safetensors.numpy
 import torch
 import zstandard
 from golden_support import make_runtime, random_ids, randomize, search_scale, tiny_config, tiny_recipe
-from support import artifact_of, artifact_parts, artifact_payload, sealed
+from support import artifact_of, artifact_parts, artifact_payload, save_artifact, sealed
 from torch import Tensor
 
 import train_gpt
@@ -51,7 +51,7 @@ def model() -> train_gpt.GPT:
 @pytest.fixture(scope="module")
 def good(model, tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("artifact") / "good.ptz"
-    train_gpt.save_artifact(model, DIGEST, path)
+    save_artifact(model, DIGEST, path)
     return path.read_bytes()
 
 
@@ -92,7 +92,7 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
     config = tiny_config(**CHOICES[choice])
     model = trained_like(config)
     path = tmp_path / "folder" / "model.ptz"
-    size = train_gpt.save_artifact(model, DIGEST, path)
+    size = save_artifact(model, DIGEST, path)
     assert size == path.stat().st_size
     assert [p.name for p in path.parent.iterdir()] == ["model.ptz"]
     loaded, stored, metadata = train_gpt.load_artifact(path)
@@ -126,10 +126,10 @@ def test_a_loaded_model_scores_as_its_quantized_weights(choice, tmp_path):
 def test_every_recipe_survives_the_round_trip(recipe, tmp_path):
     config = tiny_recipe(recipe)
     model = trained_like(config)
-    train_gpt.save_artifact(model, DIGEST, tmp_path / "a.ptz")
+    save_artifact(model, DIGEST, tmp_path / "a.ptz")
     loaded, stored, _ = train_gpt.load_artifact(tmp_path / "a.ptz")
     assert stored == config.portable()
-    train_gpt.save_artifact(loaded, DIGEST, tmp_path / "b.ptz")
+    save_artifact(loaded, DIGEST, tmp_path / "b.ptz")
     again, _, _ = train_gpt.load_artifact(tmp_path / "b.ptz")
     ids = random_ids(config, 1, 24)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_multi_token_heads_stay_behind(model, good, load):
 def test_the_same_weights_make_the_same_file(model, tmp_path):
     files = set()
     for i in range(8):
-        train_gpt.save_artifact(model, DIGEST, tmp_path / f"{i}.ptz")
+        save_artifact(model, DIGEST, tmp_path / f"{i}.ptz")
         files.add((tmp_path / f"{i}.ptz").read_bytes())
     assert len(files) == 1
 
@@ -203,7 +203,7 @@ def outcomes(load, files, expected: dict[str, bytes]) -> dict[str, int]:
 @pytest.mark.parametrize(("compressor", "trials"), [("zstd", 400), ("brotli", 200)])
 def test_no_damaged_file_passes_for_other_weights(compressor, trials, model, tmp_path, load):
     """Seeded single-byte changes and truncations; and every bit of the first and last twelve bytes."""
-    train_gpt.save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / "good.ptz")
+    save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / "good.ptz")
     good, source = (tmp_path / "good.ptz").read_bytes(), random.Random(1081)
     files = [damaged(good, source) for _ in range(trials)]
     for position in (*range(12), *range(len(good) - 12, len(good))):
@@ -217,7 +217,7 @@ def test_damage_under_a_right_digest_is_no_crash_either(compressor, model, tmp_p
 
     Zstd and xz carry checksums of their own; what they hold is damaged before compression as well.
     """
-    train_gpt.save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / "good.ptz")
+    save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / "good.ptz")
     stream, source = (tmp_path / "good.ptz").read_bytes()[: -len(sealed(b""))], random.Random(7)
     payload = artifact_payload(sealed(stream))
     files = [sealed(damaged(stream, source)) for _ in range(60)]
@@ -369,7 +369,7 @@ def test_a_code_that_cannot_be_is_refused(name, good, load):
 def test_each_compressor_writes_what_any_setting_reads(compressor, model, good, load, tmp_path):
     files = []
     for name in ("a.ptz", "b.ptz"):
-        train_gpt.save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / name)
+        save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / name)
         files.append((tmp_path / name).read_bytes())
     assert files[0] == files[1]
     loaded, config, _ = load(files[0])
@@ -383,12 +383,12 @@ def test_each_compressor_writes_what_any_setting_reads(compressor, model, good, 
 @pytest.mark.parametrize("compressor", ["brotli", "zstandard"])
 def test_a_missing_compressor_is_named(compressor, model, tmp_path, monkeypatch):
     chosen = {"zstandard": "zstd"}.get(compressor, compressor)
-    train_gpt.save_artifact(with_settings(model, compressor=chosen), DIGEST, tmp_path / "a.ptz")
+    save_artifact(with_settings(model, compressor=chosen), DIGEST, tmp_path / "a.ptz")
     monkeypatch.setitem(sys.modules, compressor, None)
     with pytest.raises(train_gpt.UserError, match=f"needs the package '{compressor}'"):
         train_gpt.load_artifact(tmp_path / "a.ptz")
     with pytest.raises(train_gpt.UserError, match=f"needs the package '{compressor}'"):
-        train_gpt.save_artifact(with_settings(model, compressor=chosen), DIGEST, tmp_path / "b.ptz")
+        save_artifact(with_settings(model, compressor=chosen), DIGEST, tmp_path / "b.ptz")
 
 
 def test_shuffled_bytes_come_back_and_lie_by_significance():
@@ -526,7 +526,7 @@ def test_a_full_disk_leaves_the_old_artifact_whole(model, good, tmp_path, monkey
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(train_gpt.ArtifactError, match=r"model\.ptz: No space left on device"):
-        train_gpt.save_artifact(model, "another digest", path)
+        save_artifact(model, "another digest", path)
     assert path.read_bytes() == good
 
 
@@ -540,7 +540,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(model, 
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", synced)
-    train_gpt.save_artifact(model, DIGEST, tmp_path / "f")
+    save_artifact(model, DIGEST, tmp_path / "f")
     assert events == [("content", False), ("folder", True)]
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
@@ -548,7 +548,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(model, 
 def test_an_impossible_folder_is_a_clear_error(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(train_gpt.ArtifactError, match="OUT_DIR"):
-        train_gpt.save_artifact(model, DIGEST, tmp_path / "file" / "model.ptz")
+        save_artifact(model, DIGEST, tmp_path / "file" / "model.ptz")
 
 
 # Ledger ---------------------------------------------------------------------------------------------------
@@ -594,7 +594,7 @@ def fit(larger, tmp_path, monkeypatch):
         model = with_settings(larger, fit_bytes=True, out_dir=str(tmp_path), run_id="fit")
         monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", train_gpt.code_bytes() + allowed)
         log = train_gpt.RunLog(model.config, make_runtime(model.config))
-        size = train_gpt.save_artifact(model, DIGEST, tmp_path / "fit.ptz", log=log)
+        size = save_artifact(model, DIGEST, tmp_path / "fit.ptz", log=log)
         log.close()
         rows = [json.loads(line) for line in (tmp_path / "logs" / "fit.jsonl").read_text().splitlines()]
         return tmp_path / "fit.ptz", size, rows
@@ -605,7 +605,7 @@ def fit(larger, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def full_size(larger, tmp_path_factory) -> int:
     model = with_settings(larger, fit_bytes=True)
-    return train_gpt.save_artifact(model, DIGEST, tmp_path_factory.mktemp("full") / "full.ptz")
+    return save_artifact(model, DIGEST, tmp_path_factory.mktemp("full") / "full.ptz")
 
 
 def test_what_fits_is_left_alone(fit, full_size):

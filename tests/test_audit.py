@@ -117,19 +117,19 @@ class TrainingLoop:
         windows = train_gpt.plan_windows(stream.num_targets, config.eval_seq_len, config.eval_stride, chunk)
         scorer = train_gpt.WindowScorer(self.model, config, runtime, tokens)
         trainer = train_gpt.ChunkTrainer(self.model, config, runtime, stream)  # pyright: ignore[reportArgumentType]
-        ends, parts = np.cumsum(windows.tails), []
+        ends = np.cumsum(windows.tails)
         for start in range(0, stream.num_targets, chunk):
             targets = range(start, min(start + chunk, stream.num_targets))
             span = np.searchsorted(ends, (targets.start, targets.stop), side="right")
             trains = targets.stop < stream.num_targets or self.last_too
             if trains and self.first == "train":
                 trainer.train_on(scorer, targets, 0.01)
-            parts.append(scorer.score_all(windows, *map(int, span)))
+            scorer.score_all(windows, *map(int, span))
             if trains and self.first == "score":
                 trainer.train_on(scorer, targets, 0.01)
         self.model.load_state_dict(saved)
-        logp, entropy = (np.concatenate(column) for column in zip(*parts))
-        return logp, entropy
+        scores = scorer.finish()
+        return scores.logp, scores.entropy
 
 
 def test_training_before_scoring(violated: Callable[..., set[str]], model: train_gpt.GPT, config: Any) -> None:

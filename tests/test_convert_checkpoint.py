@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from golden_support import golden_state, tiny_recipe
-from support import TINY_VOCAB, assert_refused, run_script, tiny_environ
+from support import TINY_VOCAB, assert_refused, run_script, save_artifact, tiny_environ
 
 import train_gpt
 
@@ -69,7 +69,7 @@ def test_a_converted_checkpoint_is_what_saving_its_model_gives(recipe, suffix, t
     loaded, config, metadata = train_gpt.load_artifact(out)
     assert config.recipe == recipe
     expected = tmp_path / "expected.ptz"
-    train_gpt.save_artifact(source, metadata["tokenizer"], expected)
+    save_artifact(source, metadata["tokenizer"], expected)
     wanted = train_gpt.load_artifact(expected)[0].state_dict()
     assert list(loaded.state_dict()) == list(wanted)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())

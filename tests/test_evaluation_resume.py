@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from ranks import run_whole
-from support import VAL_TARGETS, Run, event, events_of, read_events, tiny_environ
+from support import VAL_TARGETS, Run, event, events_of, read_events, save_artifact, tiny_environ
 from test_restarts import start
 
 import train_gpt
@@ -113,7 +113,7 @@ def test_stages_of_another_evaluation_are_not_taken(
         model, _, metadata = train_gpt.load_artifact(artifact)
         with torch.no_grad():
             model.smear.gate.add_(1)
-        train_gpt.save_artifact(model, metadata["tokenizer"], artifact)
+        save_artifact(model, metadata["tokenizer"], artifact)
     elif change == "torn":
         record.write_bytes(record.read_bytes()[:-1])
     elif change == "odd":  # whole, but what another version of the program might have written

@@ -22,7 +22,7 @@ from golden_support import (
     tiny_config,
 )
 from ranks import call_in_ranks
-from support import event, read_events, tiny_environ, train_rows
+from support import event, read_events, save_artifact, tiny_environ, train_rows
 from torch import Tensor
 
 import train_gpt
@@ -361,7 +361,7 @@ def test_gptq_serves_the_outputs_of_every_bank_better(monkeypatch):
 def test_the_artifact_decodes_to_what_the_quantizer_reported(tmp_path):
     trainer = trained(attn_bits=5, mlp_bits=7, prune_fraction=0.05, clip_std=4.0)
     model, hessians = trainer.model, train_gpt.calibrate(trainer)
-    train_gpt.save_artifact(model, "0" * 16, tmp_path / "m.ptz", hessians)
+    save_artifact(model, "0" * 16, tmp_path / "m.ptz", hessians)
     loaded, _, _ = train_gpt.load_artifact(tmp_path / "m.ptz")
     tensors = train_gpt.quantize(model.state_dict(), model.plan, model.config, hessians)
     for name in BANK_NAMES:
@@ -409,7 +409,7 @@ def test_a_run_with_gptq_keeps_its_reserve(run_main, tiny_data, tmp_path):
     stop = event(events, "stopping_early: wallclock_cap")
     assert 1000 <= stop["train_time_ms"] < 2000
     row = event(events, "calibration")
-    assert row["tokens"] == 1024  # whole micro-batches of 128
+    assert row["tokens"] == 1152  # whole steps of 384
     assert row["budget_s"] == 3
     assert stop["train_time_ms"] / 1000 < row["train_and_calibration_s"] <= 3
     assert event(events, "quantization")["quantizer"] == "gptq"
@@ -422,8 +422,8 @@ def test_a_run_with_gptq_keeps_its_reserve(run_main, tiny_data, tmp_path):
 
 
 def moments_of_ranks(runtime: train_gpt.Runtime) -> dict[str, Tensor]:
-    """Moments of one global batch, of which each rank reads its share."""
-    trainer = trained(steps=0, calibration_tokens=96)
+    """Moments of one global batch, of which each rank reads its share, whole even if fewer tokens are asked for."""
+    trainer = trained(steps=0, calibration_tokens=1)
     trainer.runtime = trainer.clock.runtime = runtime
     whole = trainer.loader.batch(0)
     trainer.loader = SimpleNamespace(batch=lambda step: [whole[i] for i in runtime.share(len(whole))])  # noqa: ARG005  # pyright: ignore[reportAttributeAccessIssue]

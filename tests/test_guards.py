@@ -202,6 +202,18 @@ def test_full_log_disks_do_not_stop_a_run(tiny_data, tmp_path):
     assert all(line.startswith("warning: cannot write the log ") and "No space left" in line for line in lines)
 
 
+def test_a_console_that_is_gone_does_not_stop_a_run(tiny_data, tmp_path):
+    """As behind `2>&1 | head`: neither stream can be written, not even the warning that says so."""
+    environ = tiny_environ(tiny_data, tmp_path, ITERATIONS=3, TTT_ENABLED=0)
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([sys.executable, str(SCRIPT)], env=environ, stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert process.returncode == 0
+    assert events_of(environ)[-1]["event"] == "final_int8_zlib_roundtrip_exact"
+    assert "\nenvironment python:" in (tmp_path / "logs" / "run.txt").read_text(encoding="utf-8")
+
+
 # ---- shards ------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +280,7 @@ def test_jumps_of_the_wall_clock_change_nothing(tiny_data, run_main, tmp_path, m
     assert times == sorted(times)
     assert 0 < times[-1] < 60_000
     names = [path.name for path in sorted((tmp_path / "checkpoints" / "run").glob("*_step*"))]
-    assert names[-1] == "000021_step20.safetensors"
+    assert names[-1] == "000022_step20.safetensors"
 
 
 def test_no_decision_reads_the_wall_clock():

@@ -252,6 +252,18 @@ def test_a_perfect_neural_model_is_kept() -> None:
     assert logp.sum(dtype=np.float64) - mixed.sum() <= np.log(2) + 1e-5
 
 
+def test_a_target_that_the_neural_model_ruled_out_does_not_spoil_the_rest() -> None:
+    """Its probability is 0 in fp32, and no count has seen it either."""
+    stream = scored_stream()
+    stream.tokens[200] = VOCAB_SIZE - 1
+    stream.tokens[:200][stream.tokens[:200] == VOCAB_SIZE - 1] = 0
+    logp = stream.logp
+    logp[199] = -120.0
+    mixed = m.mix_scores(default_mixer(), torch.from_numpy(stream.tokens), logp, stream.entropy, block=BLOCK)
+    assert np.isfinite(mixed).all()
+    assert logp.sum(dtype=np.float64) - mixed.sum() <= np.log(2) + 1e-5
+
+
 def test_guard_is_the_bayesian_mixture_of_two_sequence_models() -> None:
     neural, learned = np.log(np.random.default_rng(0).random((2, 200)))
     blended = m.blend(neural, learned, m.guard(neural, learned))

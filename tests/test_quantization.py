@@ -21,7 +21,7 @@ from golden_support import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import event, events_of, tiny_environ, train_rows
+from support import event, events_of, save_artifact, tiny_environ, train_rows
 from torch import Tensor
 
 import train_gpt
@@ -380,7 +380,7 @@ def test_each_role_has_its_bits():
 def test_with_clips_by_standard_deviation_qat_sees_the_very_artifact(changes, tmp_path):
     model = randomize(train_gpt.GPT(tiny_config(**LARGE_TABLES, mtp_num_heads=0, **changes)))
     ids = random_ids(model.config, 2, 24)
-    train_gpt.save_artifact(model, "0" * 16, tmp_path / "m.ptz")
+    save_artifact(model, "0" * 16, tmp_path / "m.ptz")
     loaded, _, _ = train_gpt.load_artifact(tmp_path / "m.ptz")
     names = train_gpt.BANK_NAMES if "clip_std" in changes else EMBEDDINGS
     for name in names:

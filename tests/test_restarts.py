@@ -194,14 +194,16 @@ def test_ranks_stop_together_when_one_is_told_to(tiny_data, tmp_path):
     assert 'train_gpt.py", line' not in stderr
 
 
-@pytest.mark.parametrize(("number", "everybody"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_a_signal_to_torchrun_saves_the_run(tiny_data, tmp_path, number: signal.Signals, everybody: bool):
+@pytest.mark.parametrize(
+    ("number", "everybody", "nproc"), [(signal.SIGTERM, False, 2), (signal.SIGINT, True, 2), (signal.SIGTERM, True, 1)]
+)
+def test_a_signal_to_torchrun_saves_the_run(tiny_data, tmp_path, number: signal.Signals, everybody: bool, nproc: int):
     """To the launcher alone, as by kill, or to it and all ranks at once, as by a scheduler."""
     environ = tiny_environ(tiny_data, tmp_path, RESUME="auto", ITERATIONS=10_000, TRAIN_LOG_EVERY=10_000)
     patch = "slow_backward(0.05)\n" + own_pid(tmp_path)
-    process = start(environ, patch, tmp_path, nproc=2)
+    process = start(environ, patch, tmp_path, nproc=nproc)
     wait_for(process, tmp_path / "logs" / "run.txt", "step:3/10000")
-    ranks = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
+    ranks = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(nproc)]
     for pid in [*ranks, process.pid] if everybody else [process.pid]:
         os.kill(pid, number)
     stdout, stderr = process.communicate(timeout=40)

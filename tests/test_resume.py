@@ -28,6 +28,8 @@ from support import (
     train_tokenizer,
 )
 
+import train_gpt
+
 RESUMABLE = dict(CHECKPOINT_SECONDS=1e-9, RESUME="auto", TTT_CHUNK_TOKENS=300, TTT_EPOCHS=1)
 
 
@@ -148,15 +150,39 @@ def test_old_checkpoints_are_removed_and_the_cost_is_logged(tiny_data, run_main,
     environ = tiny_environ(tiny_data, tmp_path, CHECKPOINT_SECONDS=1e-9, CHECKPOINT_KEEP=3, ITERATIONS=6, TTT_ENABLED=0)
     assert run_main(environ).returncode == 0
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*/*.safetensors"))
-    assert names == ["000005_step4.safetensors", "000006_step5.safetensors", "000007_step6.safetensors"]
+    assert names == ["000006_step5.safetensors", "000007_step6.safetensors", "000008_step6.safetensors"]
     rows = [row for row in read_events(tmp_path / "logs" / "run.jsonl") if row["event"] == "checkpoint"]
     saved = [row for row in rows if "step" in row["file"]]
-    assert len(saved) == 7
+    assert len(saved) == 8  # of every step, and at the end before and after the validation
     assert all(row["stall_ms"] > 0 and row["write_s"] > 0 and row["bytes"] > 10_000 for row in saved)
     plain = tiny_environ(tiny_data, tmp_path / "plain", CHECKPOINT_SECONDS=0, ITERATIONS=6)
     assert run_main(plain).returncode == 0
-    names = [path.name for path in (tmp_path / "plain" / "checkpoints" / "run").glob("*_step*")]
-    assert names == ["000001_step6.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "plain" / "checkpoints" / "run").glob("*_step*"))
+    assert names == ["000001_step6.safetensors", "000002_step6.safetensors"]
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_a_kill_during_a_validation_costs_no_step(tiny_data, run_main, tmp_path, monkeypatch, every):
+    """Neither in one on the way, nor in that behind the last step."""
+    environ = tiny_environ(
+        tiny_data, tmp_path, RESUME="auto", CHECKPOINT_SECONDS=0, ITERATIONS=6, VAL_LOSS_EVERY=every, TTT_ENABLED=0
+    )
+
+    class Killed(BaseException):
+        pass
+
+    def killed(_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.Trainer, "validation_score", killed)
+        with pytest.raises(Killed):
+            run_main(environ)
+    outcome = run_main(environ)
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"resumed step:{every or 6} " in outcome.stdout
+    steps = [row["step"] for row in train_rows(read_events(tmp_path / "logs" / "run.jsonl"))]
+    assert steps == [*range(1, 7)]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
@@ -182,7 +208,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert run_main(environ).returncode == 0
     assert waited == [True]
     names = [path.name for path in sorted((tmp_path / "checkpoints").glob("*/*_step*"))]
-    assert names == ["000001_step1.safetensors", "000002_step4.safetensors"]
+    assert names == ["000002_step4.safetensors", "000003_step4.safetensors"]
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tiny_data, run_main, tmp_path):
@@ -198,9 +224,9 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tiny_data, run_main, t
 
 @pytest.fixture(scope="module")
 def trained(tiny_data, blob, tmp_path_factory) -> tuple[dict[str, str], Path]:
-    """A finished short run with its three last checkpoints; tests copy it."""
+    """A finished short run with the checkpoints of its three last steps, of the last one two; tests copy it."""
     folder = tmp_path_factory.mktemp("trained")
-    environ = tiny_environ(tiny_data, folder, **RESUMABLE, CHECKPOINT_KEEP=3, ITERATIONS=8, KG_ENABLED=1, KG_PATH=blob)
+    environ = tiny_environ(tiny_data, folder, **RESUMABLE, CHECKPOINT_KEEP=4, ITERATIONS=8, KG_ENABLED=1, KG_PATH=blob)
     process = run_whole(environ)
     assert process.returncode == 0, process.stderr
     return environ, folder
@@ -219,7 +245,8 @@ def checkpoint_paths(environ: dict[str, str]) -> list[Path]:
 
 
 def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_named(copy, trained, run_main):
-    torn, altered, good = reversed(checkpoint_paths(copy))
+    after, torn, altered, good = reversed(checkpoint_paths(copy))
+    after.unlink()
     torn.write_bytes(torn.read_bytes()[:-100])
     content = bytearray(altered.read_bytes())
     content[-5] ^= 1
@@ -298,7 +325,7 @@ def test_what_does_not_change_training_may_change(copy, run_main, tiny_data, tmp
     shutil.copytree(tiny_data, data)
     overrides = dict(
         DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", EVAL_STRIDE=16, RUN_ID="other", SAMPLE_SEED=5,
-        RESUME=checkpoint_paths(copy)[-2],
+        RESUME=checkpoint_paths(copy)[1],
     )  # fmt: skip
     outcome = run_main(copy | {name: str(value) for name, value in overrides.items()})
     assert outcome.returncode == 0, outcome.stderr

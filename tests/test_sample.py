@@ -16,7 +16,7 @@ import sample
 import sentencepiece
 import torch
 from golden_support import random_ids, randomize, tiny_config, tiny_recipe
-from support import REPO, TINY_VOCAB, assert_refused, train_tokenizer
+from support import REPO, TINY_VOCAB, assert_refused, save_artifact, train_tokenizer
 
 import train_gpt
 
@@ -58,7 +58,7 @@ class Files:
         model = train_gpt.GPT(config)
         with torch.no_grad():
             shape(model, self)
-        train_gpt.save_artifact(model, train_gpt.Tokenizer(str(tokenizer), TINY_VOCAB).digest, self.artifact)
+        save_artifact(model, train_gpt.Tokenizer(str(tokenizer), TINY_VOCAB).digest, self.artifact)
 
     def arguments(self, *more: object) -> list[str]:
         return [*map(str, ["--artifact", self.artifact, "--tokenizer", self.tokenizer, "--device", "cpu", *more])]

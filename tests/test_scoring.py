@@ -143,11 +143,10 @@ def test_parts_of_the_windows_join_to_the_whole(ranks):
     windows = plan_windows(212, 24, 5)
     scorer = WindowScorer(model, CONFIG, runtime, tokens)
     edges = [len(windows.starts) * r // ranks for r in range(ranks + 1)]
-    parts = [scorer.score_all(windows, a, b)[0] for a, b in itertools.pairwise(edges)]
+    parts = [scorer.score_all(windows, a, b) for a, b in itertools.pairwise(edges)]
     expected = scores_of(model, CONFIG, tokens, 5).logp
     np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-5)
-    empty = scorer.score_all(windows, 3, 3)
-    assert [part.shape for part in empty] == [(0,), (0,)]
+    assert scorer.score_all(windows, 3, 3).shape == (0,)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 24])
@@ -191,6 +190,14 @@ def test_bits_per_byte_by_hand():
     assert score.headline() == dict(val_loss=score.val_loss, val_bpb=score.val_bpb)
 
 
+def test_a_score_that_is_no_number_is_not_valid():
+    stream = stream_of(np.zeros(3), np.array([0, 3, 4], dtype=np.int16))
+    for worst in (np.nan, -np.inf):
+        score = score_of(np.array([-1.0, worst]), stream)
+        assert not score.valid
+        assert "INVALID" in score.note
+
+
 def test_sums_are_exact_where_fp32_and_int16_would_not_be():
     count = 3_000_000
     logp = np.full(count, -1.1, dtype=np.float32)
@@ -228,7 +235,7 @@ def golden() -> SimpleNamespace:
 
 def score_windows(golden: SimpleNamespace, windows: Windows) -> np.ndarray:
     scorer = WindowScorer(golden.model, golden.config, Runtime(golden.config, {}), golden.stream.tokens)
-    return scorer.score_all(windows, 0, len(windows.starts))[0].astype(np.float64)
+    return scorer.score_all(windows, 0, len(windows.starts)).astype(np.float64)
 
 
 def test_golden_sliding_with_the_references_last_window(golden):

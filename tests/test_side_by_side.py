@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import SCRIPT, read_events, tiny_environ
@@ -79,6 +81,46 @@ def test_a_run_that_goes_on_elsewhere_is_not_continued(tiny_data, tmp_path):
         assert len(names_in(tmp_path / "checkpoints")) == 2
     with running(environ, "resumed "):  # both are gone
         assert len(names_in(tmp_path / "checkpoints")) == 2
+
+
+def claimed(out: Path, **settings: Any) -> str:
+    config = train_gpt.Config(out_dir=str(out), recipe="swarm", **settings)
+    name, log = train_gpt.claim_run(config, out / "logs")
+    log.close()
+    return name
+
+
+def leave(out: Path, name: str, file: str, age_s: float) -> Path:
+    """What a run of that name left: a log of that age, and a file in the folder of its checkpoints."""
+    folder = out / "checkpoints" / name
+    folder.mkdir(parents=True)
+    (folder / file).touch()
+    log = out / "logs" / f"{name}.txt"
+    log.touch()
+    changed_s = time.time() - age_s
+    os.utime(log, (changed_s, changed_s))
+    return folder / file
+
+
+def test_a_named_checkpoint_goes_on_in_its_own_run(tmp_path):
+    """Not in another one of the same settings, which a newer log may have; nor, from elsewhere, in any."""
+    (tmp_path / "logs").mkdir()
+    base = claimed(tmp_path)
+    leave(tmp_path, f"{base}_3", "000002_step9.safetensors", 0)
+    own = leave(tmp_path, f"{base}_2", "000001_step5.safetensors", 60)
+    assert claimed(tmp_path, resume="auto") == f"{base}_3"
+    assert claimed(tmp_path, resume=str(own)) == f"{base}_2"
+    elsewhere = tmp_path / "elsewhere" / "checkpoints" / "another" / own.name
+    assert claimed(tmp_path, resume=str(elsewhere)) not in (base, f"{base}_2", f"{base}_3")
+
+
+def test_training_and_evaluation_go_on_where_each_left_something(tmp_path):
+    (tmp_path / "logs").mkdir()
+    base = claimed(tmp_path)
+    leave(tmp_path, f"{base}_2", "000001_step5.safetensors", 60)
+    leave(tmp_path, f"{base}_3", "evaluation_0123456789abcdef.safetensors", 0)
+    assert claimed(tmp_path, resume="auto") == f"{base}_2"
+    assert claimed(tmp_path, resume="auto", eval_only=True) == f"{base}_3"
 
 
 def test_a_run_id_means_that_run_alone(tiny_data, run_main, tmp_path):

@@ -345,6 +345,15 @@ def test_the_limit_is_the_last_size_that_fits(run_main, tiny_data, tmp_path, mon
     assert re.search(rf"\b1 bytes over {total - 1}\b.*FIT_BYTES=1.*fewer layers", outcome.stderr)
 
 
+def test_what_cannot_be_made_to_fit_is_packed_once(run_main, tiny_data, tmp_path, monkeypatch):
+    packed, fit = [], train_gpt.fit_artifact
+    monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", train_gpt.code_bytes() + 100)
+    monkeypatch.setattr(train_gpt, "fit_artifact", lambda *arguments: (packed.append(1), fit(*arguments))[1])
+    outcome = run_main(tiny_environ(tiny_data, tmp_path, ITERATIONS=1, FIT_BYTES=1))
+    assert (outcome.returncode, len(packed)) == (2, 1)
+    assert outcome.stderr.startswith("error: FIT_BYTES=1 leaves ")
+
+
 def test_too_large_ends_the_run_before_scoring_unless_it_may_be_made_to_fit(
     run_main, tiny_run: Run, tiny_data, tmp_path, monkeypatch
 ):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from golden_support import golden_json, golden_parameter, golden_state
 from ranks import call_in_ranks
+from support import save_artifact
 from torch import Tensor
 
 import train_gpt
@@ -383,7 +384,7 @@ def test_model_is_restored_bit_for_bit(options: dict[str, Any]) -> None:
 
 def test_artifact_file_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "model.ptz"
-    train_gpt.save_artifact(lively_model(), "", path)
+    save_artifact(lively_model(), "", path)
     content, modified = path.read_bytes(), path.stat().st_mtime_ns
     model, _, _ = train_gpt.load_artifact(path)
     adapt(CONFIG, model)

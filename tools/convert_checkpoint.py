@@ -82,7 +82,9 @@ def convert(checkpoint: Path, config: train_gpt.Config, out: Path) -> int:
     except RuntimeError as error:
         what = " ".join(str(error).split())
         raise train_gpt.UserError(f"{checkpoint} is of another model than RECIPE={config.recipe}: {what}") from error
-    return train_gpt.save_artifact(model, tokenizer.digest, out)
+    packed = train_gpt.pack_artifact(model, tokenizer.digest)
+    train_gpt.write_artifact_file(out, packed)
+    return len(packed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

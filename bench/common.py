@@ -67,13 +67,16 @@ def arguments(doc: str | None, threads: int = 2) -> argparse.ArgumentParser:
 
 
 def open_runtime(args: argparse.Namespace, config: train_gpt.Config) -> train_gpt.Runtime:
-    """The runtime of one rank on the device asked for, with its threads set."""
+    """The runtime of one rank on the device asked for, with its threads set; without that device the end."""
     import torch
 
     import train_gpt
 
     torch.set_num_threads(args.threads)
-    runtime = train_gpt.Runtime(dataclasses.replace(config, device=args.device), {})
+    try:
+        runtime = train_gpt.Runtime(dataclasses.replace(config, device=args.device), {})
+    except train_gpt.UserError as error:
+        raise SystemExit(f"error: {error}") from error
     return runtime.__enter__()  # one rank joins no group, so there is nothing to leave
 
 

@@ -62,7 +62,10 @@ def main() -> None:
     parser.add_argument("--ttt-lr", type=float, default=0.002)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    model, config, _ = train_gpt.load_artifact(args.artifact)
+    try:
+        model, config, _ = train_gpt.load_artifact(args.artifact)
+    except train_gpt.UserError as error:
+        parser.error(str(error))
     config = dataclasses.replace(
         config, data_path=args.data, tokenizer_path=args.tokenizer, val_tokens=args.val_tokens,
         eval_stride=config.eval_seq_len // 2, ttt_enabled=True, ttt_epochs=args.ttt_epochs, ttt_lr=args.ttt_lr,

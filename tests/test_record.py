@@ -257,6 +257,9 @@ def test_new_refuses_what_makes_no_folder(tmp_path: Path, capsys: pytest.Capture
         capsys, record.main, ["new", tmp_path / "2026-01-31_X"], "2026-01-31_X", "was not made by this program"
     )
     assert_refused(capsys, record.main, ["new", tmp_path / "2026-13-31_X"], "2026-13-31", "no date")
+    (tmp_path / "2026-01-30_file").touch()
+    assert_refused(capsys, record.main, ["new", tmp_path / "2026-01-30_file"], "2026-01-30_file")
+    (tmp_path / "2026-01-30_file").unlink()
     assert_refused(
         capsys, record.main, ["new", tmp_path, "--recipe", "none", "--date", "2026-01-31"], "'none'", "leaky"
     )

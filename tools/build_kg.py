@@ -411,6 +411,8 @@ def run_graph(args: argparse.Namespace) -> None:
             graph.add(head, relation, tail)
     facts = read_facts(args.text, args.processes) if args.text else TextFacts()
     starts = add_text(graph, facts)
+    if not graph.heads:
+        raise BuildError("no edge in --edges or --text: there is no graph to rank words by")
     reset = np.bincount(list(starts), list(starts.values()), len(graph.nodes)) if starts else None
     print(f"read: {time.monotonic() - started:.1f} s, {len(facts.relations)} distinct relations in the text")
     words = rank_words(graph, graph.pagerank(reset), args.words)

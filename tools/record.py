@@ -22,6 +22,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -565,8 +566,15 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--github-id", help="without it as before, or as git says")
         each.add_argument("--technique", help="technique_summary; without it the settings")
         each.add_argument("--baseline", type=Path, help="another submission.json to compare with, by Welch's test")
-        each.add_argument("--baseline-nats", type=float, nargs="+", help="or its val_loss of each seed")
+        each.add_argument("--baseline-nats", type=finite, nargs="+", help="or its val_loss of each seed")
     return top
+
+
+def finite(text: str) -> float:
+    """A number of the command line. Raises ValueError for one that JSON has no word for."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -574,8 +582,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (RecordError, LogError, record_fold.FoldError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'the disk'}: {error.strerror or error}"
+    sys.stderr.write(f"error: {message}\n")
+    return 2
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ class Config:
     compile: bool | None = setting(None, "auto: on CUDA only")
     compute_dtype: str = choice("auto", "of matrix products; auto: bf16 where faster", "auto", "bf16", "fp32")
     join_seconds: float = number(900.0, "how long ranks wait for each other", 1)
-    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at a signal and the end")
+    checkpoint_seconds: float = number(120.0, "between checkpoints; 0: at signals and validations")
     checkpoint_keep: int = number(2, "newest ones that stay on disk", 1)
     resume: str = setting("", "auto: the newest whole checkpoint, if any; or a path")
     eval_only: bool = setting(False, "score ARTIFACT without training")
@@ -1622,7 +1622,7 @@ class Trainer:
             if last or (self.step and self.step % (self.config.val_loss_every or self.config.iterations) == 0):
                 self.clock.pause()  # validation takes no training time
                 self.elapsed_s = self.clock.agreed()[0]
-                self.save()  # a stop meanwhile loses nothing
+                self.save()  # a stop in it loses nothing
                 result = self.validation_score()
                 self.log_step("step_validation", result.note, **result.headline(), **self._timing())
                 if last:

@@ -31,6 +31,7 @@ import train_gpt  # noqa: E402
 from bench import common  # noqa: E402
 from tools import run_figures  # noqa: E402
 from tools.record_logs import LogError, SeedRun, read_run  # noqa: E402
+from tools.sweep_report import holm, welch_p  # noqa: E402
 
 RESULTS = REPO / "bench" / "results"
 PICTURE = "docs/results.svg"
@@ -198,6 +199,35 @@ def sweep(name: str) -> list[str]:
     return table(["variant", "bpb", "difference", "Holm p", "bytes with the code"], rows)
 
 
+PART_COLUMNS = {  # of the table of parts: the sweep, and whether a part is added to nothing or to all others
+    "alone, 240": ("cpu-frontier_parts_alone.json", True), "last, 240": ("cpu-frontier_parts.json", False),
+    "alone, 1,000": ("cpu-frontier_parts_1000.json", True), "last, 1,000": ("cpu-frontier_parts_1000.json", False),
+}  # fmt: skip
+
+
+def parts() -> list[str]:
+    """What adding each part of frontier changes, to nothing and to all others: by seed, mean and deviation.
+
+    A star: Welch's p is below 0.05 after Holm's correction for the column.
+    """
+    columns: dict[str, list[str]] = {}
+    names: dict[str, str] = {}
+    for title, (file, alone) in PART_COLUMNS.items():
+        scores = {
+            row["name"]: [each["val_bpb"] for _, each in sorted(row["seeds"].items())]
+            for row in read_results(file)["variants"]
+        }
+        names = names or {name.removesuffix(" alone"): name for name in scores if name.endswith(" alone")}
+        pairs = [("none", f"{part} alone") if alone else (f"all but {part}", "all") for part in names]
+        differences = [[y - x for x, y in zip(scores[before], scores[after])] for before, after in pairs]
+        p_values = holm([welch_p(scores[before], scores[after]) for before, after in pairs])
+        columns[title] = [
+            f"{fmean(values):+.4f} ± {stdev(values):.4f}" + (" *" if p is not None and p < 0.05 else "")
+            for values, p in zip(differences, p_values)
+        ]
+    return table(["part", *columns], [[part, *cells] for part, *cells in zip(names, *columns.values())])
+
+
 def ttt(name: str) -> list[str]:
     """What test-time training gains, by settings and by the weights that it starts from."""
     rows = [
@@ -262,9 +292,7 @@ def step_times() -> list[str]:
 PAGES = {
     "docs/results.md": dict(
         recipes=recipes, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
-        frontier=partial(sweep, "cpu-frontier.json"), parts=partial(sweep, "cpu-frontier_parts.json"),
-        parts_alone=partial(sweep, "cpu-frontier_parts_alone.json"),
-        parts_1000=partial(sweep, "cpu-frontier_1000.json"), ttt=partial(ttt, "cpu-ttt_gain.json"),
+        frontier=partial(sweep, "cpu-frontier.json"), parts=parts, ttt=partial(ttt, "cpu-ttt_gain.json"),
         ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
     ),
     "docs/faults.md": dict(faults=faults),

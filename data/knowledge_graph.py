@@ -52,4 +52,4 @@ def write_blob(tokenizer: Tokenizer, path: Path, final_path: Path | None = None)
         return f"no knowledge-graph blob for this tokenizer ({error}); train with KG_ENABLED=0"
     with atomic_file(path) as file:
         file.write(blob.encode("ascii") + b"\n")
-    return f"kg_data.py is for another tokenizer; a run with this DATA_PATH takes {final_path or path}"
+    return f"kg_data.py is for another tokenizer; that of this one is KG_PATH={final_path or path}"

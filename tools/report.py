@@ -188,15 +188,19 @@ def ablation() -> list[str]:
     return table(["what is on", "averaged weights", "artifact"], rows)
 
 
-def sweep(name: str) -> list[str]:
-    """A committed report of tools/sweep.py: each variant against the first."""
+def frontier() -> list[str]:
+    """Each variant against the first after the sliding window, and what comes behind it in the same runs."""
+    stages = [read_results(f"cpu-frontier{stage}.json")["variants"] for stage in ("", "_ttt", "_mixed")]
     rows = []
-    for row in read_results(name)["variants"]:
-        spread_of_seeds = "" if row["std"] is None else f" ± {row['std']:.4f}"
+    for row, *later in zip(*stages):
+        scores = [f"{each['mean']:.4f} ± {each['std']:.4f}" for each in (row, *later)]
         difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
-        p = "" if row["holm_p"] is None else f"{row['holm_p']:{'.1g' if row['holm_p'] < 0.001 else '.3f'}}"
-        rows.append([row["name"], f"{row['mean']:.4f}{spread_of_seeds}", difference, p, f"{row['bytes_total']:,.0f}"])
-    return table(["variant", "bpb", "difference", "Holm p", "bytes with the code"], rows)
+        p = "" if row["holm_p"] is None else f"{row['holm_p']:.1g}"
+        work = f"{row['train_time_s']:,.0f}", f"{row['bytes_total']:,.0f}"
+        rows.append([row["name"], work[0], scores[0], difference, p, *scores[1:], work[1]])
+    return table(
+        ["variant", "training s", "sliding window", "difference", "p", "+ TTT", "+ mixer", "bytes with the code"], rows
+    )
 
 
 PART_COLUMNS = {  # of the table of parts: the sweep, and whether a part is added to nothing or to all others
@@ -292,7 +296,7 @@ def step_times() -> list[str]:
 PAGES = {
     "docs/results.md": dict(
         recipes=recipes, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
-        frontier=partial(sweep, "cpu-frontier.json"), parts=parts, ttt=partial(ttt, "cpu-ttt_gain.json"),
+        frontier=frontier, parts=parts, ttt=partial(ttt, "cpu-ttt_gain.json"),
         ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
     ),
     "docs/faults.md": dict(faults=faults),

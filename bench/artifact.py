@@ -10,6 +10,7 @@ of a trained model's. Fewer layers show the growth.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-from bench import common
+from bench import common, tiny
 from bench.train_step import QUICK
 
 
@@ -55,12 +56,7 @@ def measure(config: train_gpt.Config, layers: int, folder: Path) -> dict[str, An
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     row: dict[str, Any] = dict(layers=layers, parameters=sum(p.numel() for p in model.parameters()))
-
-    def save(hessians: Any = None) -> int:
-        packed = train_gpt.pack_artifact(model, "", hessians)
-        train_gpt.write_artifact_file(path, packed)
-        return len(packed)
-
+    save = functools.partial(tiny.save_artifact, model, "", path)
     spent, row["bytes"] = timed("save", save)
     row |= spent | timed("load", lambda: train_gpt.load_artifact(path))[0]
     moments = draw_moments(config)

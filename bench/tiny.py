@@ -132,6 +132,15 @@ def artifact_parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(header["__metadata__"]["train_gpt"]), safetensors.torch.load(payload)
 
 
+def save_artifact(model: Any, tokenizer_digest: str, path: Path, hessians: Any = None, log: Any = None) -> int:
+    """Pack and write a model; returns the bytes of the file."""
+    import train_gpt
+
+    packed = train_gpt.pack_artifact(model, tokenizer_digest, hessians, log)
+    train_gpt.write_artifact_file(path, packed)
+    return len(packed)
+
+
 def artifact_of(metadata: Any, tensors: dict[str, Any]) -> bytes:
     """A sound frame and checksum around these."""
     import safetensors.torch

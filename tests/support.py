@@ -24,6 +24,7 @@ from bench.tiny import artifact_of as artifact_of
 from bench.tiny import artifact_parts as artifact_parts
 from bench.tiny import artifact_payload as artifact_payload
 from bench.tiny import make_documents as make_documents
+from bench.tiny import save_artifact as save_artifact
 from bench.tiny import sealed as sealed
 from bench.tiny import tiny_environ as tiny_environ
 from bench.tiny import tokenizer_pieces as tokenizer_pieces
@@ -98,15 +99,6 @@ def modules_replaced(modules: Mapping[str, ModuleType | None]) -> Iterator[None]
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
         yield
-
-
-def save_artifact(model: Any, tokenizer_digest: str, path: Path, hessians: Any = None, log: Any = None) -> int:
-    """Pack and write a model; returns the bytes of the file."""
-    import train_gpt
-
-    packed = train_gpt.pack_artifact(model, tokenizer_digest, hessians, log)
-    train_gpt.write_artifact_file(path, packed)
-    return len(packed)
 
 
 def numbers(rows: Iterable[dict[str, Any]]) -> dict[int, tuple]:

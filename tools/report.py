@@ -215,13 +215,13 @@ def parts() -> list[str]:
     A star: Welch's p is below 0.05 after Holm's correction for the column.
     """
     columns: dict[str, list[str]] = {}
-    names: dict[str, str] = {}
+    names: list[str] = []
     for title, (file, alone) in PART_COLUMNS.items():
         scores = {
             row["name"]: [each["val_bpb"] for _, each in sorted(row["seeds"].items())]
             for row in read_results(file)["variants"]
         }
-        names = names or {name.removesuffix(" alone"): name for name in scores if name.endswith(" alone")}
+        names = names or [name.removesuffix(" alone") for name in scores if name.endswith(" alone")]
         pairs = [("none", f"{part} alone") if alone else (f"all but {part}", "all") for part in names]
         differences = [[y - x for x, y in zip(scores[before], scores[after])] for before, after in pairs]
         p_values = holm([welch_p(scores[before], scores[after]) for before, after in pairs])

@@ -226,8 +226,8 @@ class Run:
             return {}
 
     @property
-    def counts(self) -> bool:
-        """Whether it is finished, or left a checkpoint to go on from; if neither, nothing of it reaches a result."""
+    def has_results(self) -> bool:
+        """Whether it is finished, or left a checkpoint to go on from; if neither, nothing of it reaches a table."""
         return self.state == "done" or any(path.is_file() for path in (self.folder / "checkpoints").rglob("*"))
 
     @property
@@ -345,7 +345,7 @@ class Runner:
 
         `code` and `data` are digests of when the sweep began: a run of others is not begun.
         """
-        began, record = time.monotonic(), run.record() if run.counts else {}
+        began, record = time.monotonic(), run.record() if run.has_results else {}
         try:
             run.error = self._changed_since(code, data, run.variant)
             if run.error:
@@ -447,7 +447,7 @@ def outcomes_of(runs: Sequence[Run], stage: str) -> list[Outcome]:
 def check_alike(runs: Sequence[Run], code: str, data: Mapping[str, str]) -> list[str]:
     """Which runs that exist are of other code or data than the script and the folders have now, in sentences."""
     problems = []
-    for run in filter(lambda run: run.counts, runs):
+    for run in filter(lambda run: run.has_results, runs):
         now = dict(code=code, data=data[run.variant.name])
         for what, present in now.items():
             others = [digest for digest in run.record().get(what, []) if digest != present]

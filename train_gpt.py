@@ -564,14 +564,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         weight_average="swa", embed_bits=16, ttt_enabled=True,
     ),
     "frontier": FRONTIER | dict(
-        parallel_residual_from=7, repeat_layers=(4, 5), xsa_last_n=11, muon_momentum=0.97, ema_decay=0.9965,
-        train_reserve_seconds=8.0,
+        repeat_layers=(4, 5), xsa_last_n=11, muon_momentum=0.97, ema_decay=0.9965, train_reserve_seconds=8.0,
     ),
     "laptop": SMALL | FRONTIER | dict(
         num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64, ve_layers=(4, 5),
-        parallel_residual_from=4, train_seq_len=512, train_batch_tokens=4096, warmdown_iters=400, muon_momentum=0.95,
-        train_reserve_seconds=10.0, calibration_tokens=16_384, val_loss_every=0, train_log_every=50, swarm_every=80,
-        val_tokens=262_144, eval_seq_len=512, ttt_chunk_tokens=128,
+        train_seq_len=512, train_batch_tokens=4096, warmdown_iters=400, muon_momentum=0.95, train_reserve_seconds=10.0,
+        calibration_tokens=16_384, val_loss_every=0, train_log_every=50, swarm_every=80, val_tokens=262_144,
+        eval_seq_len=512, ttt_chunk_tokens=128,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,

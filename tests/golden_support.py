@@ -57,7 +57,6 @@ def tiny_recipe(name: str) -> train_gpt.Config:
         rope_train_len=min(full.rope_train_len, SMALL["rope_train_len"]),
         ttt_freeze_blocks=min(full.ttt_freeze_blocks, SMALL["num_layers"] - 2),
         train_reserve_seconds=0.0,
-        parallel_residual_from=min(full.parallel_residual_from, SMALL["num_layers"] - 1),
         repeat_layers=(1, 2)[: len(full.repeat_layers)],
     )
     return make_config(values, SMALL, parts)

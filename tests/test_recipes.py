@@ -165,8 +165,8 @@ def reduced(recipe: str, tiny_data: Path, out_dir: Path, blob: Path) -> dict[str
         NUM_KV_HEADS=4 if full.num_kv_heads == full.num_heads else 2, XSA_LAST_N=min(full.xsa_last_n, 3),
         VE_LAYERS="1,2" if full.ve_layers else "", ROPE_DIMS=full.rope_dims and 4, EMA_DECAY=None,
         ROPE_TRAIN_LEN=full.rope_train_len and 16, TTT_CHUNK_TOKENS=256, TTT_FREEZE_BLOCKS=1, TTT_BATCH_SEQS=4,
-        PARALLEL_RESIDUAL_FROM=min(full.parallel_residual_from, 2), REPEAT_LAYERS="1,2" if full.repeat_layers else "",
-        KG_PATH=blob, SWARM_EVERY=4, SWA_EVERY=2, MAX_WALLCLOCK_SECONDS=300, EVAL_STRIDE=16,
+        REPEAT_LAYERS="1,2" if full.repeat_layers else "", KG_PATH=blob, SWARM_EVERY=4, SWA_EVERY=2,
+        MAX_WALLCLOCK_SECONDS=300, EVAL_STRIDE=16,
         NGRAM_BUCKETS=256, NGRAM_BLOCK=128,  # as crowded as 4,194,304 buckets by the whole split
     )  # fmt: skip
     return tiny_environ(tiny_data, out_dir, **sizes)

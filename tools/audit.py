@@ -881,7 +881,7 @@ class Rehearsal:
         config = dataclasses.replace(
             recipe, vocab_size=32, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0,
             bigram_vocab_size=64, bigram_dim=8, xsa_last_n=1, rope_dims=8, rope_train_len=32, ve_dim=8, ve_layers=(1,),
-            parallel_residual_from=min(recipe.parallel_residual_from, 1),
+            parallel_residual_from=2 * recipe.parallel_residual_from // recipe.num_layers,
             repeat_layers=(0, 1) if recipe.repeat_layers else (), mtp_num_heads=1, train_seq_len=32,
             train_batch_tokens=512, micro_batch_tokens=512, iterations=130,
             warmup_steps=0, warmdown_iters=40, max_wallclock_seconds=0.0, muon_momentum_warmup_steps=10, ema_decay=0.8,

@@ -235,7 +235,7 @@ def evaluate(
         log_result(log, prefix, stage, score_of(total_logp, validation), seconds, **extra)
         if index == 0:
             total_s = projected_seconds(config, validation.num_targets, seconds)
-            note = "above what the contest allows" if total_s > STAGE_BUDGET_S else ""
+            note = "above what the contest allows" * (total_s > STAGE_BUDGET_S)
             log.row("evaluation_projected", note, total_s=total_s, budget_s=STAGE_BUDGET_S)
     mixer, began, result = make_mixer(config), time.perf_counter(), score_of(finished.results[-1][0], validation)
     if mixer:
@@ -693,7 +693,7 @@ class TokenLoader:
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
-    """Which of `count` sequences stands at a position of the training order; each pass over them has its own.
+    """Which of `count` sequences stands at a position of the training order; each pass has its own.
 
     A Feistel network, walked until it is in range (Black and Rogaway, 2002), permutes without a table.
     """
@@ -1661,10 +1661,10 @@ class Trainer:
         self.average.update(self.step, lr_scale)
         if self.swarm and self.swarm.due(self.step):
             self.vote(self.swarm, grad_norm, lr_scale)
-        self.log.progress(self.step, config.iterations, f"{self.elapsed_s:.0f}s")
+        self.runtime.progress(progress, f"step {self.step}, {self.elapsed_s:.0f} s")
         if self.step <= 10 or self.step % config.train_log_every == 0:
             self.elapsed_s = self.clock.agreed()[0]
-            # Reading the losses is, with the votes, a step's only host synchronisation.
+            # With the votes a step's only host synchronisation.
             shown: dict[str, Any] = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
             shown |= dict(grad_norm=grad_norm.item()) | vars(self.controls) | dict(qat=int(self.controls.qat))
             if self.crown_q_loss is not None:
@@ -1735,7 +1735,7 @@ class Trainer:
             return
         began, saved = time.perf_counter(), copied_to_cpu(self.state_dict())
         for step in range(config.warmup_steps):
-            self.log.progress(step, config.warmup_steps, "warm-up")
+            self.runtime.progress(step / config.warmup_steps, "warm-up")
             graphs = itertools.product({False, config.qat_bits > 0}, {(), config.repeat_layers})
             for self.controls.qat, self.model.repeated in graphs:
                 self.train_step(step, lr_scale=1.0)
@@ -2506,7 +2506,7 @@ class WindowScorer:
     """Scores windows with the model as it is now; compiled for full batches."""
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime, tokens: np.ndarray, temperature: float = 1.0):
-        self.model, self.runtime, self.temperature = model, runtime, temperature
+        self.model, self.runtime, self.temperature, self.kept = model, runtime, temperature, 0
         self.batch_seqs = config.eval_batch_seqs
         self.samples = sample_targets(len(tokens) - 1, config.sample_seed)
         self.sampled = torch.zeros(len(self.samples), config.vocab_size, device=runtime.device)
@@ -2544,10 +2544,13 @@ class WindowScorer:
         self.scores[first:stop] = torch.stack([logp, entropy], 1)
         low, high = np.searchsorted(self.samples, (first, stop))
         self.sampled[low:high] = every[self.samples[low:high] - first]
+        self.kept += len(logp) * self.runtime.world_size
+        self.runtime.progress(self.kept / len(self.scores), "scored")
 
     def finish(self) -> TokenScores:
         """The scores with the sampled predictions, until now on different ranks."""
         logp, entropy = self.scores.T.contiguous().cpu().numpy()
+        self.runtime.progress()
         return TokenScores(logp, entropy, self.runtime.all_reduce_sum(self.sampled).cpu().numpy(), self.samples)
 
 
@@ -2893,7 +2896,7 @@ class NgramCounts(NamedTuple):
 
 
 def causal_ngram_counts(tokens: Any, max_order: int, block: int = 1) -> list[NgramCounts]:
-    """All orders of `iter_ngram_counts` at once: 12 bytes per token and order."""
+    """All orders of `iter_ngram_counts` at once."""
     return list(iter_ngram_counts(torch.as_tensor(tokens).long(), max_order, block))
 
 
@@ -3197,6 +3200,13 @@ class Runtime:
         if sum(self.largest(number, -number)):  # the largest less the smallest
             raise ConfigError(f"the ranks have different {what}; give every node the same variables, data and code")
 
+    def progress(self, share: float = 0, text: str = "") -> None:
+        """A bar on rank 0's terminal; without a text none."""
+        if self.is_main and sys.stderr.isatty():
+            bar = f"[{'#' * int(30 * share):.<30}] {text}"
+            sys.stderr.write("\x1b[2K\r" + bar * bool(text))  # clears the line
+            sys.stderr.flush()
+
     def share(self, count: int) -> range:
         """This rank's contiguous part of range(count)."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
@@ -3256,7 +3266,7 @@ def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
 
 
 def cpu_memory() -> float:
-    """Bytes, of this machine or of the container around the process."""
+    """Bytes of this machine or of the container around it."""
     with suppress(OSError, ValueError):  # ValueError: a container without a limit
         return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -3273,7 +3283,7 @@ class RunLog:
     """Greppable `key:value` lines on the console and in logs/<run>.txt, and the same numbers as JSONL, by rank 0."""
 
     def __init__(self, config: Config, runtime: Runtime):
-        self.active = runtime.is_main
+        self.runtime, self.active = runtime, runtime.is_main
         self.failed: set[str] = set()  # files not written
         self.run_id = ""  # names the logs and the folder of the checkpoints
         if not self.active:
@@ -3295,7 +3305,7 @@ class RunLog:
 
     def line(self, text: str) -> None:
         if self.active:
-            self._redraw("")
+            self.runtime.progress()
             for file in (sys.stdout, self.text_file):
                 self._write(file, text + "\n")
 
@@ -3325,18 +3335,9 @@ class RunLog:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             self._write(self.json_file, json.dumps({"event": event, "time": now, **fields}) + "\n")
 
-    def progress(self, done: int, total: int, text: str) -> None:
-        if self.active:
-            self._redraw(f"[{'#' * (30 * done // max(total, 1)):.<30}] {done}/{total} {text}")
-
-    def _redraw(self, bar: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\x1b[2K\r{bar}")  # clears the line
-            sys.stderr.flush()
-
     def close(self) -> None:
         if self.active:
-            self._redraw("")
+            self.runtime.progress()
             for file in (self.text_file, self.json_file):
                 with suppress(OSError):  # already reported
                     file.close()
@@ -3389,7 +3390,7 @@ def try_lock(file: TextIO) -> bool:
 
 
 def replace_closed_streams() -> None:
-    """A console that was closed before the start (`>&-`) takes nothing, and the run goes on."""
+    """A console that was closed before the start (`>&-`) takes nothing."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -3464,7 +3465,7 @@ class Checkpoints:
     def find(self, candidates: Iterable[Path]) -> State | None:
         """The first whole one of the files, on every rank; `newest` is its path.
 
-        Raises CheckpointError when it is RESUME's own that is not whole.
+        Raises CheckpointError when RESUME's own is not whole.
         """
         content, state = b"", None
         for path in candidates if self.runtime.is_main else ():
@@ -3563,7 +3564,7 @@ def flattened(state: State, prefix: str = "") -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> State:
-    """Undo `flattened`; all names are text now. Raises AttributeError, TypeError for parts that do not fit."""
+    """Undo `flattened`; all names are text now. Raises one of MALFORMED."""
     state: State = {}
     for path, leaf in leaves.items():
         *outer, name = path.split("/")

@@ -137,7 +137,7 @@ def test_training_repeats_layers_from_its_share_on(monkeypatch):
     config = tiny_config(repeat_layers=(1, 2), repeat_from=0.5, iterations=8, max_wallclock_seconds=10.0)
     trainer = make_trainer(randomize(train_gpt.GPT(config)), config)
     assert trainer.model.repeated == (1, 2)
-    silent: Any = type("Silent", (), {"progress": lambda *_: None, "row": lambda *_, **__: None})()
+    silent: Any = type("Silent", (), {"row": lambda *_, **__: None})()
     trainer.log = silent
     monkeypatch.setattr(trainer, "log_step", lambda *_, **__: None)
     monkeypatch.setattr(trainer.average, "update", lambda *_: None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,24 @@ def adapt(config: Config = CONFIG, tokens: np.ndarray = TOKENS, model: GPT | Non
 @pytest.fixture(scope="module")
 def scores() -> TokenScores:
     return adapt()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["by document", "by chunks"])
+def test_a_bar_fills_on_a_terminal_and_is_taken_away(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    adapt(config)
+    filled = [bar.count("#") for bar in terminal.getvalue().split("\x1b[2K\r")[1:]]
+    assert filled[-1] == 0
+    assert filled[:-1] == sorted(filled[:-1])
+    assert filled[0] <= 3
+    assert filled[-2] == 30
+    assert terminal.getvalue().endswith("\x1b[2K\r")
 
 
 class Merged(GPT):

@@ -321,6 +321,14 @@ def test_unusable_adapter_is_one_line(examine: Any, text: str, expected: list[st
         assert part in line
 
 
+@pytest.mark.parametrize("options", [[], ["--traceback"]])
+def test_what_a_submission_says_cannot_steer_the_terminal(examine: Any, options: list[str]) -> None:
+    hostile = "\\x1b[2Jno fault\\r found"
+    result = examine(f"def score(tokens):\n    print('{hostile}')\n    raise ValueError('{hostile}')\n", *options)
+    assert "no fault" in result.err
+    assert not {"\x1b", "\r"} & {*result.err, *result.out}
+
+
 def test_traceback_is_there_on_request(examine: Any) -> None:
     result = examine("def score(tokens):\n    print('said by it')\n    return 1 / 0\n", "--traceback")
     assert "said by it" in result.err

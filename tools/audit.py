@@ -55,6 +55,7 @@ import audit_decode
 import audit_page
 import audit_run
 import audit_watch
+import run_log
 
 import train_gpt
 
@@ -1421,9 +1422,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         report = audit(arguments)
         # First: what was found must not be lost for a file that cannot be written.
-        print("\n".join(report.lines()))
+        print("\n".join(map(run_log.shown, report.lines())))  # names and errors may be foreign
         if arguments.decode:
-            print("\n".join(report.sentences))
+            print("\n".join(map(run_log.shown, report.sentences)))
         print(f"{report.conclusion()} ({monotonic() - began:.0f} s; drawn by --seed {report.seed})")
         if arguments.json or arguments.html:
             result = {

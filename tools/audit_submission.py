@@ -219,6 +219,11 @@ def serve(path: Path) -> int:
 # ----------------------------------------------------------------------------------------------------------
 # The auditor's side.
 # ----------------------------------------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """A submission's text without the characters that steer a terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 class Adapter:
     """An adapter in its own process. `deadline` is a time of `time.monotonic`, after which no answer is waited for."""
 
@@ -255,7 +260,7 @@ class Adapter:
     def printed(self) -> str:
         """What the submission printed, tracebacks included."""
         self.log.seek(0)
-        return self.log.read().decode(errors="replace")
+        return printable(self.log.read().decode(errors="replace"))
 
     def call(self, function: str, tokens: np.ndarray) -> list[np.ndarray]:
         """What the adapter's `function` gives. Raises AdapterError, and OutOfTime at the deadline."""
@@ -271,7 +276,7 @@ class Adapter:
         size = int.from_bytes(self.read(8, asked), "little")
         header, arrays = unpack(self.read(size, asked))
         if "error" in header:
-            raise AdapterError(f"{self.path}: {asked} {header['error']}")
+            raise AdapterError(f"{self.path}: {asked} {printable(str(header['error']))}")
         return header, arrays
 
     def time_left(self, asked: str) -> float:

@@ -72,7 +72,7 @@ def measure(config: train_gpt.Config, layers: int, folder: Path) -> dict[str, An
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 11])
+    parser.add_argument("--layers", type=common.positive, nargs="+", default=[3, 11])
     parser.add_argument("--recipe", default="swarm", choices=sorted(train_gpt.RECIPES))
     args = parser.parse_args()
     config = train_gpt.Config.from_env({"RECIPE": args.recipe, "DATA_PATH": "none"})

@@ -67,7 +67,7 @@ def generated_text(characters: int, words: int, seed: int = 2) -> Iterator[str]:
 def main() -> int:
     """Generate, build, report; exit code 1 when the step failed or took more than the goal."""
     parser = common.arguments(__doc__, threads=1)
-    parser.add_argument("--nodes", type=int, default=500_000, help="about how many (%(default)s)")
+    parser.add_argument("--nodes", type=common.positive, default=500_000, help="about how many (%(default)s)")
     parser.add_argument("--text-mb", type=float, default=20.0, help="megabytes of text as well (%(default)s)")
     args = parser.parse_args()
     if args.quick:

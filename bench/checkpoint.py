@@ -23,7 +23,7 @@ from bench import common, train_step
 
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=common.positive, default=4)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sizes: dict[str, Any] = dict(train_batch_tokens=2048, compile=False) | (train_step.QUICK if args.quick else {})

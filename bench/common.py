@@ -55,13 +55,20 @@ def round_figure(value: Any, digits: int = 4) -> Any:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None  # JSON has no other word for it
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, as an option's type: argparse says the ValueError in a line."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def arguments(doc: str | None, threads: int = 2) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark of the model has."""
     parser = argparse.ArgumentParser(
         description=str(doc), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=threads, help=f"of torch on the CPU (default {threads})")
+    parser.add_argument("--threads", type=positive, default=threads, help=f"of torch on the CPU (default {threads})")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     return parser
 

@@ -56,9 +56,9 @@ def measure(num_tokens: int, max_order: int) -> dict[str, float]:
 
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="longest stream (default 4,000,000)")
+    parser.add_argument("--tokens", type=common.positive, default=4_000_000, help="longest stream (default 4,000,000)")
     parser.add_argument("--full", action="store_true", help="62,021,632 tokens: minutes, and some GiB")
-    parser.add_argument("--max-order", type=int, default=10)
+    parser.add_argument("--max-order", type=common.positive, default=10)
     args = parser.parse_args()
     longest = 400_000 if args.quick else 62_021_632 if args.full else args.tokens
     rows = [measure(longest // part, args.max_order) for part in (8, 4, 2, 1)]

@@ -77,8 +77,8 @@ def child_seconds(args: Any, way: str, dtype: str) -> float:
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--recipe", default="laptop", choices=sorted(train_gpt.RECIPES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=common.positive, default=3)
+    parser.add_argument("--steps", type=common.positive, default=6)
     parser.add_argument("--as-way", choices=WAYS, help="for the processes that this script starts")
     parser.add_argument("--dtype", default="fp32", help="for them too")
     args = parser.parse_args()

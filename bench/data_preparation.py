@@ -61,7 +61,7 @@ def measure(folder: Path, lines: list[str], megabytes: float, workers: int) -> d
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
     parser.add_argument("--mb", type=float, default=12.0, help="megabytes of text (default 12)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=common.positive, nargs="+", default=[1, 2])
     args = parser.parse_args()
     megabytes = 1.0 if args.quick else args.mb
     with tempfile.TemporaryDirectory() as name:

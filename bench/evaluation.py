@@ -51,11 +51,11 @@ def measure(config: train_gpt.Config, runtime: train_gpt.Runtime, batches: int, 
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--seq-len", type=int, help="default 2048; 1024 on a CPU")
-    parser.add_argument("--stride", type=int, default=64)
-    parser.add_argument("--batch-seqs", type=int, help="windows at a time (default: the recipe's; 1 on a CPU)")
-    parser.add_argument("--batches", type=int, help="timed at a time (default 4; 2 on a CPU)")
-    parser.add_argument("--world", type=int, default=8)
+    parser.add_argument("--seq-len", type=common.positive, help="default 2048; 1024 on a CPU")
+    parser.add_argument("--stride", type=common.positive, default=64)
+    parser.add_argument("--batch-seqs", type=common.positive, help="windows at a time (default: recipe's; 1 on a CPU)")
+    parser.add_argument("--batches", type=common.positive, help="timed at a time (default 4; 2 on a CPU)")
+    parser.add_argument("--world", type=common.positive, default=8)
     args = parser.parse_args()
     report(args, train_gpt.Config.from_env({"RECIPE": "leaky"}))
 

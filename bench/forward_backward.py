@@ -71,10 +71,10 @@ def growth(args: argparse.Namespace, config: train_gpt.Config, runtime: train_gp
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--recipe", default="leaky", choices=sorted(train_gpt.RECIPES))
-    parser.add_argument("--seqs", type=int, default=1)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seqs", type=common.positive, default=1)
+    parser.add_argument("--seq-len", type=common.positive, default=512)
     parser.add_argument("--burn-in", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=9)
+    parser.add_argument("--passes", type=common.positive, default=9)
     parser.add_argument("--no-compile", action="store_true", help="eager only")
     parser.add_argument("--qat", action="store_true")
     args = parser.parse_args()

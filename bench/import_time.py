@@ -26,7 +26,7 @@ def seconds_to_import(module: str) -> float:
 
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=common.positive, default=7)
     args = parser.parse_args()
     seconds_to_import("train_gpt")  # burn-in: byte code and page cache
     count = 1 if args.quick else args.pairs

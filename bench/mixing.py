@@ -109,8 +109,8 @@ def timed(mix: Callable[[], np.ndarray], name: str, neural: np.ndarray) -> dict[
 
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="scored tokens (default 4,000,000)")
-    parser.add_argument("--table-tokens", type=int, default=50_000, help="tokens for the table-based mixer")
+    parser.add_argument("--tokens", type=common.positive, default=4_000_000, help="scored tokens (default 4,000,000)")
+    parser.add_argument("--table-tokens", type=common.positive, default=50_000, help="tokens for the table-based mixer")
     args = parser.parse_args()
     num_tokens, table_tokens = (400_000, 10_000) if args.quick else (args.tokens, args.table_tokens)
     tokens = synthetic_tokens(num_tokens + 1)

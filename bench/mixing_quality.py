@@ -57,23 +57,22 @@ def main() -> None:
     parser.add_argument("--artifact", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--val-tokens", type=int, default=200_000)
+    parser.add_argument("--val-tokens", type=common.positive, default=200_000)
     parser.add_argument("--ttt-epochs", type=int, default=1)
     parser.add_argument("--ttt-lr", type=float, default=0.002)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     try:
         model, config, _ = train_gpt.load_artifact(args.artifact)
+        config = dataclasses.replace(
+            config, data_path=args.data, tokenizer_path=args.tokenizer, val_tokens=args.val_tokens,
+            eval_stride=config.eval_seq_len // 2, ttt_enabled=True, ttt_epochs=args.ttt_epochs, ttt_lr=args.ttt_lr,
+            ttt_chunk_tokens=16 * config.eval_seq_len, ttt_freeze_blocks=min(2, config.num_layers - 1),
+        ).validate()  # fmt: skip
+        runtime = train_gpt.Runtime(config, {})
+        validation = train_gpt.ValidationSet(config, train_gpt.Tokenizer(args.tokenizer, config.vocab_size))
     except train_gpt.UserError as error:
         parser.error(str(error))
-    config = dataclasses.replace(
-        config, data_path=args.data, tokenizer_path=args.tokenizer, val_tokens=args.val_tokens,
-        eval_stride=config.eval_seq_len // 2, ttt_enabled=True, ttt_epochs=args.ttt_epochs, ttt_lr=args.ttt_lr,
-        ttt_chunk_tokens=16 * config.eval_seq_len, ttt_freeze_blocks=min(2, config.num_layers - 1),
-    )  # fmt: skip
-    runtime = train_gpt.Runtime(config, {})
-    tokenizer = train_gpt.Tokenizer(args.tokenizer, config.vocab_size)
-    validation = train_gpt.ValidationSet(config, tokenizer)
     streams = {
         "sliding window": train_gpt.score_stream(model, config, runtime, validation, config.eval_stride),
         "score-first TTT": train_gpt.score_then_adapt(model, config, runtime, validation),

@@ -73,10 +73,10 @@ def run_world(world: int, shape: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--worlds", type=common.positive, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--layers", type=common.positive, default=8)
+    parser.add_argument("--dim", type=common.positive, default=256)
+    parser.add_argument("--steps", type=common.positive, default=3)
     parser.add_argument("--as-rank", action="store_true", help="for the processes that this script starts")
     args = parser.parse_args()
     if args.quick:

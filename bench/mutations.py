@@ -88,7 +88,7 @@ NOT_RUN = (
 ATTEMPTS = 3  # a test that fails and then, by itself, passes has seen nothing: two ranks may lose a race for a port
 TIME_LIMIT = "time limit"
 LIMIT_S = 3600  # of one pytest process; all tests take about 200 s where nobody else works
-NO_BEHAVIOUR = re.compile(r"log\.(row|line|progress)|torch\.compile|perf_counter|pin_memory|on_cuda|lanes = ")
+NO_BEHAVIOUR = re.compile(r"log\.(row|line)|runtime\.progress|torch\.compile|perf_counter|pin_memory|on_cuda|lanes = ")
 UNSEEN_FIELDS = {"annotation", "returns", "decorator_list", "type_comment", "msg", "exc", "cause"}
 COMPARISONS = {"<": ("<=", ">"), "<=": ("<", ">="), ">": (">=", "<"), ">=": (">", "<="), "==": ("!=",), "!=": ("==",)}
 PAIRS = (("min", "max"), ("minimum", "maximum"), ("amin", "amax"), ("clamp_min", "clamp_max"))
@@ -335,7 +335,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=common.REPO, help="the repository whose tests are tried")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--count", type=common.positive, default=40)
     parser.add_argument("--out", type=Path, default=common.REPO / "bench" / "results" / "cpu-mutations.json")
     parser.add_argument("--replay", type=Path, help="an earlier result, whose faults come first")
     parser.add_argument("--keep", action="store_true", help="run nothing again that --out has an outcome of already")

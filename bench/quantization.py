@@ -46,7 +46,10 @@ QUICK: dict[str, Any] = dict(
 def make_config(args: argparse.Namespace) -> train_gpt.Config:
     import sentencepiece
 
-    vocab_size = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer).vocab_size()
+    try:
+        vocab_size = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer).vocab_size()
+    except (RuntimeError, OSError) as error:
+        raise train_gpt.DataError(f"--tokenizer {args.tokenizer} is no readable SentencePiece model") from error
     shape = dict(
         vocab_size=vocab_size, num_layers=args.layers, model_dim=args.dim, num_heads=max(2, args.dim // 64),
         num_kv_heads=max(1, args.dim // 128), rope_dims=min(16, args.dim // max(2, args.dim // 64)),
@@ -66,7 +69,7 @@ def quiet_log(verbose: bool) -> Any:
         if verbose:
             sys.stderr.write(f"{event} {fields}\n")
 
-    return types.SimpleNamespace(row=row, tell=row, line=lambda text: None, progress=lambda done, total, text: None)  # noqa: ARG005
+    return types.SimpleNamespace(row=row, tell=row, line=lambda text: None)  # noqa: ARG005
 
 
 def soft_round(x: torch.Tensor, sharpness: float) -> torch.Tensor:
@@ -129,6 +132,7 @@ class Bench:
     def advance(self, trainer: train_gpt.Trainer, until: int) -> None:
         while trainer.step < until:
             trainer.one_step()
+        self.runtime.progress()  # away with the bar
 
     def branch(self, **changes: Any) -> train_gpt.Trainer:
         """A trainer at the branch step, with the trunk's weights, moments and average."""
@@ -231,15 +235,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--data", required=True, help="folder with *_train_*.bin and *_val_*.bin")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--val-tokens", type=int, default=100_000)
-    parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--steps", type=common.positive, default=600)
+    parser.add_argument("--layers", type=common.positive, default=4)
+    parser.add_argument("--dim", type=common.positive, default=128)
+    parser.add_argument("--seq-len", type=common.positive, default=256)
+    parser.add_argument("--batch-tokens", type=common.positive, default=2048)
+    parser.add_argument("--val-tokens", type=common.positive, default=100_000)
+    parser.add_argument("--calibration-tokens", type=common.positive, default=65_536)
     parser.add_argument("--qat-threshold", type=float, default=0.15, help="LR scale below which QAT begins")
-    parser.add_argument("--bits", type=int, nargs="+", default=[5, 6, 7, 8])
+    parser.add_argument("--bits", type=common.positive, nargs="+", default=[5, 6, 7, 8])
     parser.add_argument("--crown-q", type=float, nargs="+", default=[0.0, 0.01, 1e5], help="values of CROWN_Q_LAMBDA")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to try the script")
     parser.add_argument("--verbose", action="store_true", help="training steps on standard error")
@@ -248,7 +252,10 @@ def main() -> None:
     if args.quick:
         vars(args).update(QUICK)
     began = time.perf_counter()
-    bench = Bench(args)
+    try:
+        bench = Bench(args)
+    except train_gpt.UserError as error:
+        parser.error(str(error))
     rows = measure(bench)
     print("QAT   CROWN-Q bits by      before    after      tax  KL mnats      bytes      s")
     for row in rows:

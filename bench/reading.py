@@ -67,7 +67,7 @@ def measure(folder: Path, shuffle: bool, cold: bool, steps: int) -> dict[str, An
 def main() -> None:
     parser = common.arguments(__doc__, threads=1)
     parser.add_argument("--gb", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=common.positive, default=10)
     parser.add_argument("--folder", help="on the disk in question")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

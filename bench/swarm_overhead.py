@@ -59,7 +59,7 @@ def vote_through_a_run() -> tuple[float, VotingMesh]:
 def main() -> int:
     """Time the runs and print the result; exit code 1 when even the median is over the goal."""
     parser = common.arguments(__doc__, threads=1)
-    parser.add_argument("--runs", type=int, default=200, help="how many runs to time (%(default)s)")
+    parser.add_argument("--runs", type=common.positive, default=200, help="how many runs to time (%(default)s)")
     args = parser.parse_args()
     runs = [vote_through_a_run() for _ in range(10 if args.quick else max(1, args.runs))]
     outside = [microseconds for microseconds, _ in runs]

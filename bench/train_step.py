@@ -167,10 +167,10 @@ def growth(args: argparse.Namespace, config: train_gpt.Config, runtime: train_gp
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--recipe", default="swarm", choices=sorted(train_gpt.RECIPES))
-    parser.add_argument("--batch-tokens", type=int, help="one step's tokens (default: the recipe's; 2048 on a CPU)")
-    parser.add_argument("--micro-batch-tokens", type=int)
-    parser.add_argument("--world", type=int, default=1, help="run the share of one rank of so many, without the others")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch-tokens", type=common.positive, help="of a step (default: the recipe's; 2048 on a CPU)")
+    parser.add_argument("--micro-batch-tokens", type=common.positive)
+    parser.add_argument("--world", type=common.positive, default=1, help="run the share of one of so many ranks alone")
+    parser.add_argument("--repeats", type=common.positive, default=2)
     args = parser.parse_args()
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     values: dict[str, Any] = dict(train_batch_tokens=2048, train_seq_len=512) if on_cpu else {}

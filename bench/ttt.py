@@ -66,9 +66,9 @@ def measure_by_document(config: train_gpt.Config, runtime: train_gpt.Runtime, ch
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--seq-len", type=int, help="default 2048; 512 on a CPU")
-    parser.add_argument("--seqs", type=int, help="at a time (default: the recipe's; 4 on a CPU)")
-    parser.add_argument("--world", type=int, default=8)
+    parser.add_argument("--seq-len", type=common.positive, help="default 2048; 512 on a CPU")
+    parser.add_argument("--seqs", type=common.positive, help="at a time (default: the recipe's; 4 on a CPU)")
+    parser.add_argument("--world", type=common.positive, default=8)
     args = parser.parse_args()
     report(args, train_gpt.Config.from_env({"RECIPE": "leaky"}))
 

@@ -73,6 +73,17 @@ def run_quick(name: str, monkeypatch, capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
+@pytest.mark.parametrize(("name", "option"), [("counts", "--tokens"), ("muon", "--worlds"), ("ttt", "--seqs")])
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_a_size_of_nothing_is_one_line(name, option, value, monkeypatch, capsys):
+    module = importlib.import_module(f"bench.{name}")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", option, value])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 2
+    assert f"{option}: invalid positive value: '{value}'" in capsys.readouterr().err.splitlines()[-1]
+
+
 QUICK_RUNS = [
     ("swarm_overhead", ()), ("counts", ()), ("artifact", ()), ("train_step", ()), ("evaluation", ()), ("ttt", ()),
     ("reading", ()), ("cpu_step", ()), ("forward_backward", ("--no-compile",)),

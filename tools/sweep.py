@@ -46,7 +46,7 @@ from typing import Any, NoReturn, TextIO
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(REPO))
 import train_gpt  # noqa: E402
-from bench.common import git_commit  # noqa: E402
+from bench.common import git_commit, positive  # noqa: E402
 from tools.record_logs import LogError  # noqa: E402
 from tools.sweep_report import (  # noqa: E402
     SAME_TIME,
@@ -560,13 +560,6 @@ def numbers(text: str) -> list[int]:
     if len({*found}) < len(found) or min(found) < 0:
         raise ValueError(text)
     return found
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 class Parser(argparse.ArgumentParser):

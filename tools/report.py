@@ -116,10 +116,10 @@ def scores_at(runs: Sequence[SeedRun], stage: str) -> list[float]:
     return [bpb for run in runs for name, (_, bpb) in run.scores.items() if stage in name]
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
+def spread(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
     """Mean and sample standard deviation; of nothing, nothing."""
     deviation = f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):,.{digits}f}{deviation}" if values else ""
+    return f"{fmean(values):{sign},.{digits}f}{deviation}" if values else ""
 
 
 def recipes() -> list[str]:
@@ -209,6 +209,21 @@ PART_COLUMNS = {  # of the table of parts: the sweep, and whether a part is adde
 }  # fmt: skip
 
 
+def scores_by_variant(file: str) -> dict[str, list[float]]:
+    """Of a sweep's report: by seed."""
+    rows = read_results(file)["variants"]
+    return {row["name"]: [each["val_bpb"] for _, each in sorted(row["seeds"].items())] for row in rows}
+
+
+def compute_dtypes() -> list[str]:
+    """What bf16 changes: by seed, mean and deviation."""
+    all_in_bf16, rows = scores_by_variant("cpu-frontier_parts.json"), []
+    for name, fp32 in scores_by_variant("cpu-frontier_parts_fp32.json").items():
+        bf16 = all_in_bf16.get(name, [])
+        rows.append([name, spread(fp32), spread(bf16), spread([y - x for x, y in zip(fp32, bf16)], sign="+")])
+    return table(["variant", "fp32", "bf16", "difference"], rows)
+
+
 def parts() -> list[str]:
     """What adding each part of frontier changes, to nothing and to all others: by seed, mean and deviation.
 
@@ -217,16 +232,13 @@ def parts() -> list[str]:
     columns: dict[str, list[str]] = {}
     names: list[str] = []
     for title, (file, alone) in PART_COLUMNS.items():
-        scores = {
-            row["name"]: [each["val_bpb"] for _, each in sorted(row["seeds"].items())]
-            for row in read_results(file)["variants"]
-        }
+        scores = scores_by_variant(file)
         names = names or [name.removesuffix(" alone") for name in scores if name.endswith(" alone")]
         pairs = [("none", f"{part} alone") if alone else (f"all but {part}", "all") for part in names]
         differences = [[y - x for x, y in zip(scores[before], scores[after])] for before, after in pairs]
         p_values = holm([welch_p(scores[before], scores[after]) for before, after in pairs])
         columns[title] = [
-            f"{fmean(values):+.4f} ± {stdev(values):.4f}" + (" *" if p is not None and p < 0.05 else "")
+            spread(values, sign="+") + (" *" if p is not None and p < 0.05 else "")
             for values, p in zip(differences, p_values)
         ]
     return table(["part", *columns], [[part, *cells] for part, *cells in zip(names, *columns.values())])
@@ -296,7 +308,7 @@ def step_times() -> list[str]:
 PAGES = {
     "docs/results.md": dict(
         recipes=recipes, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
-        frontier=frontier, parts=parts, ttt=partial(ttt, "cpu-ttt_gain.json"),
+        frontier=frontier, parts=parts, compute_dtypes=compute_dtypes, ttt=partial(ttt, "cpu-ttt_gain.json"),
         ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
     ),
     "docs/faults.md": dict(faults=faults),

@@ -502,7 +502,8 @@ def test_a_terminal_gets_a_bar_and_the_files_do_not(train, monkeypatch):
     _, folder = train(ITERATIONS=12, TRAIN_LOG_EVERY=6, WARMUP_STEPS=1)
     drawn = terminal.getvalue()
     assert "\r[" in drawn
-    assert " 12/12 " in drawn
+    assert "] step 12, " in drawn
+    assert f"[{'#' * 30}] scored" in drawn
     assert drawn.endswith("\r")  # wiped, so that the shell's prompt begins on a clean line
     for path in (folder / "logs").iterdir():
         content = path.read_bytes()

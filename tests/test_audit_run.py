@@ -224,7 +224,12 @@ def test_log_that_leaves_out_a_part_of_the_split() -> None:
         {"event": "final_int8_zlib_roundtrip_exact", "val_loss": 1.2 * np.log(2), "val_bpb": 0.5},
     ]
     assert audit.check_logged_split(rows, 1000, 2400)[0]
-    assert not audit.check_logged_split(rows, 1010, 2424)[0]
+    ok, figure = audit.check_logged_split(rows, 1010, 2424)
+    assert not ok
+    assert "VAL_TOKENS" not in figure
+    ok, figure = audit.check_logged_split([{**rows[0], "note": "partial"}, rows[1]], 1010, 2424)
+    assert not ok
+    assert "VAL_TOKENS" in figure
     rows[1]["val_bpb"] = 0.49
     assert not audit.check_logged_split(rows, 1000, 2400)[0]
     assert not audit.check_logged_split(rows[:1], 1000, 2400)[0]

@@ -747,7 +747,9 @@ def check_logged_split(rows: Sequence[dict[str, Any]], targets: int, text_bytes:
         return False, "the log tells no validation split, or no final score"
     figure = f"{found[-1]['targets']:,} targets and {found[-1]['bytes']:,} bytes in the log"
     if (found[-1]["targets"], found[-1]["bytes"]) != (targets, text_bytes):
-        return False, f"{figure}, {targets:,} and {text_bytes:,} in the shards"
+        partial = found[-1].get("note") == "partial"
+        advice = "; VAL_TOKENS cut the split, so this is no score of the whole" if partial else ""
+        return False, f"{figure}, {targets:,} and {text_bytes:,} in the shards{advice}"
     bpb = last[-1]["val_loss"] * targets / math.log(2) / text_bytes
     return abs(bpb / last[-1]["val_bpb"] - 1) < 1e-6, f"{figure} and in the shards; {last[-1]['val_bpb']:.4f} bpb"
 

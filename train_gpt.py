@@ -3283,10 +3283,10 @@ class RunLog:
     """Greppable `key:value` lines on the console and in logs/<run>.txt, and the same numbers as JSONL, by rank 0."""
 
     def __init__(self, config: Config, runtime: Runtime):
-        self.runtime, self.active = runtime, runtime.is_main
+        self.runtime = runtime
         self.failed: set[str] = set()  # files not written
         self.run_id = ""  # names the logs and the folder of the checkpoints
-        if not self.active:
+        if not runtime.is_main:
             return
         folder = Path(config.out_dir) / "logs"
         try:
@@ -3304,7 +3304,7 @@ class RunLog:
             self._write(self.text_file, "".join(sources) + "===== log =====\n")
 
     def line(self, text: str) -> None:
-        if self.active:
+        if self.runtime.is_main:
             self.runtime.progress()
             for file in (sys.stdout, self.text_file):
                 self._write(file, text + "\n")
@@ -3331,12 +3331,12 @@ class RunLog:
 
     def tell(self, event: str, **fields: Any) -> None:
         """One event as JSON alone."""
-        if self.active:
+        if self.runtime.is_main:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             self._write(self.json_file, json.dumps({"event": event, "time": now, **fields}) + "\n")
 
     def close(self) -> None:
-        if self.active:
+        if self.runtime.is_main:
             self.runtime.progress()
             for file in (self.text_file, self.json_file):
                 with suppress(OSError):  # already reported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -86,6 +87,11 @@ def start(environ: dict[str, str], patch: str, tmp_path: Path, nproc: int = 0, r
     command = torchrun(nproc, script, restarts=restarts) if nproc else [sys.executable, str(script)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, encoding="utf-8")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import io
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ from support import (
     REPO,
     VAL_TARGETS,
     Run,
+    Terminal,
     artifact_of,
     artifact_parts,
     event,
@@ -493,10 +493,6 @@ def test_sizes_are_numbers_in_the_jsonl(tiny_run: Run):
 
 
 def test_a_terminal_gets_a_bar_and_the_files_do_not(train, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     _, folder = train(ITERATIONS=12, TRAIN_LOG_EVERY=6, WARMUP_STEPS=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import os
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import call_in_ranks
+from support import Terminal
 from test_ttt import CONFIG as WHOLE
 from test_ttt import lively_model, make_stream, make_tokens
 from torch import Tensor
@@ -40,11 +40,6 @@ def adapt(config: Config = CONFIG, tokens: np.ndarray = TOKENS, model: GPT | Non
 @pytest.fixture(scope="module")
 def scores() -> TokenScores:
     return adapt()
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["by document", "by chunks"])

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, but kg_data.py is one level up
 
 import kg_data  # noqa: E402
+from bench.common import positive  # noqa: E402
 
 KG_WORDS = ROOT / "data" / "kg_words.tsv"
 KG_DATA = ROOT / "kg_data.py"
@@ -466,13 +467,6 @@ def run_blob(args: argparse.Namespace) -> None:
     print("top tokens:", " ".join(pieces[i] for i in best[:40]))
     print(f"wrote {args.out or KG_DATA.name}: {len(blob)} characters")
     print_costs(started)
-
-
-def positive(text: str) -> int:
-    """Parse a positive whole number; argparse reports the ValueError."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

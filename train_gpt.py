@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -193,13 +194,13 @@ def train_artifact(trainer: Trainer) -> Path:
 
 def write_artifact(trainer: Trainer) -> Path:
     """Calibrate, quantize and pack, after a restart again. Returns this run's file; ARTIFACT is the newest run's."""
-    config, runtime, log, tokenizer = trainer.config, trainer.runtime, trainer.log, trainer.identity["tokenizer"]
+    config, runtime, log = trainer.config, trainer.runtime, trainer.log
     path = trainer.checkpoints.folder / ARTIFACT_NAME
     trainer.checkpoints.finish()
     hessians = calibrate(trainer) if config.quantizer == "gptq" else None
     if runtime.is_main:
         began = time.perf_counter()
-        packed = pack_artifact(trainer.model, tokenizer, hessians, log)
+        packed = pack_artifact(trainer.model, trainer.identity["tokenizer"], hessians, log)
         try:
             write_artifact_file(path, packed)
         except ArtifactError as error:  # nothing trained is lost for a folder
@@ -648,7 +649,7 @@ def reject_typos(environ: Mapping[str, str], known: set[str]) -> None:
 
 # 3. Data ----
 # In: token shards and a SentencePiece model. Out: the batches of any training step, and the validation targets with
-# their bytes. Shards may be damaged, or change while a run reads them: all is checked before use.
+# their bytes. All is checked before use.
 MOST_TOKENS = 98_304  # more gain nothing on a GPU with 80 GB
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
@@ -842,8 +843,7 @@ class Tokenizer:
             return f"its token {BOS_ID} is not BOS, which begins every document"
         if model.is_unknown(space):
             return "it has no piece ▁: a space is unknown, or three byte tokens"
-        # Whether decoding strips a document's leading space, and whether all of them.
-        strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)
+        strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)  # leading ones: first, all
         ids = range(len(self.pieces))
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) or i == BOS_ID for i in ids]
         texts = [(piece.removeprefix("▁") if strips else piece).replace("▁", " ") for piece in self.pieces]
@@ -1369,8 +1369,7 @@ class Grid(NamedTuple):
 def fake_quantize(weight: Tensor, bits: int, clip_std: float = 0.0) -> Tensor:
     """The weight as the artifact would hold it; the gradient passes straight through (arXiv 1308.3432).
 
-    The value must be the decoded one: as an operator, so that no compiler fuses the scale's rounding to fp16 away, and
-    not as w + (q - w).detach(), which rounds.
+    An operator, so that no compiler fuses the scale's rounding to fp16 away; w + (q - w).detach() would round too.
     """
     return Grid(bits, clip_std).round_trip(weight).to(weight.dtype)
 
@@ -1604,7 +1603,7 @@ class Trainer:
             self.losses, self.crown_q = compiled(self.losses), compiled(self.crown_q)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
-        # Updates left out, in a row and in all, copied without waiting: on CUDA perhaps some steps old.
+        # `optimizers.skipped`, copied without waiting: on CUDA perhaps some steps old.
         self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.on_cuda)
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
@@ -1666,7 +1665,7 @@ class Trainer:
             self.elapsed_s = self.clock.agreed()[0]
             # With the votes a step's only host synchronisation.
             shown: dict[str, Any] = dict(train_loss=self.global_train_loss(), **self._timing(), lr_scale=lr_scale)
-            shown |= dict(grad_norm=grad_norm.item()) | vars(self.controls) | dict(qat=int(self.controls.qat))
+            shown |= dict(grad_norm=grad_norm.item(), **vars(self.controls)) | dict(qat=int(self.controls.qat))
             if self.crown_q_loss is not None:
                 shown["crown_q"] = self.crown_q_loss.item()
             self.log_step("step", **shown)
@@ -1756,9 +1755,9 @@ class Trainer:
         self.skipped_reported = skipped
         if self.skipped_in_a_row >= 5:
             self.checkpoints.finish()
-            last = f"the last good checkpoint is {self.checkpoints.newest or 'none'}"
             problem = f"{self.skipped_in_a_row:.0f} updates in a row had gradients not finite, at step {self.step}"
-            raise UserError(f"{problem}: {last}; lower MATRIX_LR or GRAD_CLIP_NORM")
+            advice = f"lower MATRIX_LR or GRAD_CLIP_NORM; last good checkpoint: {self.checkpoints.newest or 'none'}"
+            raise UserError(f"{problem}; {advice}")
         return int(signalled), bool(batch_failed)
 
     def validation_score(self) -> Score:
@@ -1798,7 +1797,7 @@ class Trainer:
         for path, leaf in own.items():
             if not isinstance(leaf, dict) and kind_of(found[path]) != kind_of(leaf):  # what is empty may hold anything
                 raise TypeError(f"{path} is {kind_of(found[path])}, not {kind_of(leaf)}")
-            if isinstance(leaf, Tensor):  # weights, moments and averages: the very tensors in use
+            if isinstance(leaf, Tensor):  # the very ones in use
                 leaf.copy_(found[path])
         for name, shard in zip(BANK_NAMES, self.optimizers.muon.shards):
             own_momentum = state["optimizers"]["muon"][name][shard.own_rows]
@@ -2450,8 +2449,7 @@ class ChunkTrainer:
         self.model, self.config, self.runtime = model, config, runtime
         weights = validation.bytes if config.ttt_byte_weighted else np.ones_like(validation.bytes)
         self.weights = torch.from_numpy(weights.astype(np.float32)).to(runtime.device)
-        layers = range(config.ttt_freeze_blocks if config.ttt_scope == "all" else 0)
-        frozen = tuple(f"blocks.{layer}." for layer in layers)
+        frozen = tuple(f"blocks.{layer}." for layer in range(config.ttt_freeze_blocks) if config.ttt_scope == "all")
         for name, role in model.parameter_roles().items():
             moves = config.ttt_scope in ROLES[role].ttt_scopes and not name.startswith(frozen)
             model.get_parameter(name).requires_grad_(moves).grad = None
@@ -2523,7 +2521,7 @@ class WindowScorer:
     @torch.inference_mode()
     def score_all(self, windows: Windows, first: int, stop: int) -> np.ndarray:
         """logp (N,) of windows first … stop-1, on every rank; each scores a contiguous part."""
-        ends = windows.starts + windows.length  # of windows and of what they score
+        ends = windows.starts + windows.length
         share = self.runtime.share(stop - first)
         start, own_stop = first + share.start, first + share.stop
         while start < own_stop:
@@ -3020,7 +3018,7 @@ def iter_hashed_counts(
 
     Target tokens[i], i >= 1, is in block (i-1)//block; an n-gram within one block counts from the next on.
     """
-    mask = buckets - 1  # `buckets` is a power of two
+    mask = buckets - 1
     block_of = torch.arange(-1, len(tokens) - 1, device=tokens.device).clamp_(min=0) // block
     where = probe.position[:, None] if probe else slice(None)
     target = torch.arange(probe.vocab_size, device=tokens.device) if probe else tokens
@@ -3073,8 +3071,8 @@ class Runtime:
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
         rank = environ.get("RANK", "") if environ.get("WORLD_SIZE", "1") != "1" else ""
-        when, line = datetime.datetime.now().timestamp(), f"error: rank {rank}: {text}" if rank else f"error: {text}"
-        if rank not in ("", "0"):  # what all find is for rank 0 to say, whose launcher then ends the others
+        when, line = time.time(), f"error: {f'rank {rank}: ' * bool(rank)}{text}"
+        if rank not in ("", "0"):  # rank 0 says what all find, and its launcher ends the others
             time.sleep(2.0)
         sys.stderr.write(line + "\n")
         if path := environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -3085,6 +3083,8 @@ class Runtime:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+        else:
+            keep_freed_memory()
         if self.world_size > 1:
             limit_s = self.timeout.total_seconds()
             text = f"rank {self.rank} waits for {self.world_size} ranks (WORLD_SIZE) at {self.meeting_place}, "
@@ -3224,12 +3224,12 @@ class Runtime:
 
     def peak_memory(self) -> tuple[str, State]:
         """The log's line, and the same for machines."""
+        told, text = dict(peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10), "(process, resident)"
         if self.on_cuda:
-            peak, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-            line = f"peak memory allocated: {peak} MiB reserved: {reserved} MiB"
-            return line, dict(peak_mib=peak, reserved_mib=reserved)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        return f"peak memory allocated: {peak} MiB (process, resident)", dict(peak_mib=peak)
+            told = dict(peak_mib=torch.cuda.max_memory_allocated() >> 20)
+            told["reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
+            text = f"reserved: {told['reserved_mib']} MiB"
+        return f"peak memory allocated: {told['peak_mib']} MiB {text}", told
 
 
 def follow_machine(config: Config, runtime: Runtime, log: RunLog) -> Config:
@@ -3263,6 +3263,13 @@ def fitting_tokens(config: Config, runtime: Runtime, itemsize: int) -> int:
     per_token = layers * (24 * config.model_dim + 6 * config.mlp_dim) * itemsize
     per_token += (1 + config.mtp_num_heads) * config.vocab_size * 20
     return max(min(int(memory / per_token), most), config.train_seq_len)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep it: to fetch it again takes a CPU 4 to 12 % of a step (bench/cpu_step.py)."""
+    with suppress(AttributeError, TypeError):  # another C library
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def cpu_memory() -> float:

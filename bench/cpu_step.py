@@ -3,9 +3,8 @@
     python bench/cpu_step.py [--recipe laptop] [--threads 2] [--rounds 3] [--steps 6]
 
 First attention alone, forward and backward, by blocks and by SDPA in turn, over sequences of several lengths. Then
-whole steps of the recipe, each way in a process of its own, since what the C library keeps is a matter of the
-environment; the processes take turns. A step's time is the shortest of its process, a ratio that of the medians over
-the rounds.
+whole steps of the recipe, each way in a process of its own, since what the C library was told to keep it keeps to the
+end; the processes take turns. A step's time is the shortest of its process, a ratio that of the rounds' medians.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from bench import common, train_step
 
-KEPT = dict(MALLOC_MMAP_THRESHOLD_=str(2**40), MALLOC_TRIM_THRESHOLD_=str(2**40))  # glibc's variables
-WAYS: dict[str, tuple[str, dict[str, str]]] = {
-    "blocks, kept": ("blocks", KEPT), "blocks": ("blocks", {}), "sdpa": ("sdpa", {}),
-}  # fmt: skip
+WAYS = {"as runs do": ("blocks", True), "memory given back": ("blocks", False), "sdpa": ("sdpa", True)}
 TOKENS = 4096  # of one pass, what a CPU takes by default
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64  # those of RECIPE=laptop
 
@@ -56,9 +52,12 @@ def step_seconds(args: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shape = train_step.QUICK | dict(train_batch_tokens=512) if args.quick else {}
         config = train_step.bench_config(args.recipe, Path(folder), compute_dtype=args.dtype, **shape)
+        attention, keeps = WAYS[args.as_way]
+        if not keeps:
+            train_gpt.keep_freed_memory = lambda: None
         runtime = common.open_runtime(args, config)
         train_step.write_random_shard(Path(folder), config, 8 * config.train_batch_tokens + 1)
-        trainer = train_step.make_trainer(config, runtime, WAYS[args.as_way][0])
+        trainer = train_step.make_trainer(config, runtime, attention)
         seconds = train_step.measure(trainer, 2, args.steps)
         train_step.close(trainer)
     print(json.dumps(min(seconds)), flush=True)
@@ -69,8 +68,7 @@ def child_seconds(args: Any, way: str, dtype: str) -> float:
     words = [f"--as-way={way}", f"--dtype={dtype}", f"--recipe={args.recipe}", f"--steps={args.steps}"]
     words += [f"--threads={args.threads}", "--device=cpu", *["--quick"] * args.quick]
     command = [sys.executable, __file__, *words]
-    environ = os.environ | WAYS[way][1]
-    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -103,9 +101,9 @@ def main() -> None:
             what = f"attention over {row['length']} tokens by SDPA against blocks, {dtype}"
             headlines.append(common.Headline(what, row["sdpa_ms"] / row["blocks_ms"], "×"))
         before = f"step of {args.recipe}, {dtype}"
-        headlines.append(common.Headline(f"{before}: by SDPA against blocks", medians["sdpa"] / medians["blocks"], "×"))
-        kept = medians["blocks"] / medians["blocks, kept"]
-        headlines.append(common.Headline(f"{before}: memory given back against kept", kept, "×"))
+        others = {"by SDPA against blocks": "sdpa", "memory given back against kept": "memory given back"}
+        for what, way in others.items():
+            headlines.append(common.Headline(f"{before}: {what}", medians[way] / medians["as runs do"], "×"))
     common.report("cpu_step", headlines, None, args.threads, recipe=args.recipe, attention=attention, steps=steps)
 
 

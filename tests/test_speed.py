@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from golden_support import make_runtime, make_trainer, randomize, tiny_config
+from support import REPO
 from test_ngram_counts import dictionary_counts
 
 import train_gpt
@@ -191,3 +195,27 @@ def test_the_profiler_finds_every_kind_of_kernel():
     assert set(shares) == {"attention", "GEMM", "pointwise"}
     assert all(share > 0 for share in shares.values())
     assert sum(shares.values()) == pytest.approx(1)
+
+
+FAULTS = """
+import resource, train_gpt, torch
+with train_gpt.Runtime(train_gpt.Config(device="cpu"), {}):
+    weight, faults = torch.ones(2**24, requires_grad=True), []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        (2 * weight).exp().square().sum().backward()
+        weight.grad = None
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sum(faults[2:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides by itself")
+def test_freed_memory_is_kept():
+    """Forward and backward over blocks of 64 MiB: each page that comes from the system anew is a fault."""
+
+    def faults(script: str) -> int:
+        done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert 3 * faults(FAULTS) < faults("import train_gpt\ntrain_gpt.keep_freed_memory = bool\n" + FAULTS)

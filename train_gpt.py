@@ -116,10 +116,12 @@ def main(arguments: Sequence[str] = ()) -> int:
             try:
                 run(config, runtime, log, checkpoints)
             except (MemoryError, RuntimeError) as error:
+                problem, advice = "out of memory", "lower MICRO_BATCH_TOKENS or EVAL_/TTT_BATCH_SEQS"
                 if isinstance(error, RuntimeError) and "allocate" not in str(error):  # how torch and CUDA put it
-                    raise
-                advice = "lower MICRO_BATCH_TOKENS or EVAL_/TTT_BATCH_SEQS"
-                raise UserError(f"out of memory ({error!s:.200}); {advice}") from error
+                    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                        raise
+                    problem, advice = "compiling failed", "COMPILE=0 runs without"
+                raise UserError(f"{problem} ({error!s:.200}); {advice}") from error
             finally:
                 checkpoints.finish()  # what is being written gets its time
     except Stopped as stop:
@@ -663,7 +665,7 @@ class TokenLoader:
         self.plan = BatchPlan.of(config, runtime.world_size)
         set_device = partial(torch.cuda.set_device, runtime.device) if runtime.on_cuda else None
         self.reader = ThreadPoolExecutor(1, "loader", set_device)  # pinned for a thread's device
-        self.ahead: dict[int, Future[Tensor]] = {}  # by step, one at most
+        self.ahead = dict[int, Future[Tensor]]()  # by step, one at most
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, targets) of each micro-batch, int64 (sequences, train_seq_len)."""
@@ -1026,12 +1028,12 @@ class GPT(nn.Module):
     def _run_layers(self, x: Tensor, ids: Tensor, rope: Rope, qat: bool, probe: Probe | None = None) -> Tensor:
         """All layers on x (B, T, D), and the last norm. The second half adds the first half's outputs."""
         config, x0 = self.config, x
-        value_embeds: dict[int, Tensor] = {}
+        value_embeds = dict[int, Tensor]()
         if config.ve_layers:
             shared, scales = self._rows("ve_shared", ids, qat), zip(config.ve_layers, self.ve_layer_scales)
             value_embeds = {layer: shared * scale.to(x.dtype) for layer, scale in scales}
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
-        skips: list[Tensor] = []
+        skips = list[Tensor]()
         for layer in range(config.num_layers):
             decoder_layer = layer - len(skip_weights)
             if decoder_layer >= 0 and skips:
@@ -1446,13 +1448,12 @@ class Muon:
     def __init__(self, banks: Sequence[nn.Parameter], config: Config, runtime: Runtime, dtype: torch.dtype):
         self.runtime, self.config, self.dtype = runtime, config, dtype  # of the iteration's products
         self.shards = [BankShard(bank, runtime) for bank in banks]
-        compiled = wants_compile(config, runtime)
-        self.newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
+        self.newton_schulz = compiled(newton_schulz, config, runtime)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, finite: Tensor) -> None:
         """Update the owned slices; a bank is gathered while the next one is updated."""
-        gathers: list[dist.Work] = []
+        gathers = list[dist.Work]()
         for shard in self.shards:
             momentum_now = shard.momentum.mul(momentum).add_(shard.own_grad)
             shard.momentum = torch.where(finite, momentum_now, shard.momentum)
@@ -1589,7 +1590,6 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.compiled = wants_compile(config, self.runtime)
         self.optimizers = Optimizers(self.model, config, self.runtime)
         self.average = WeightAverage(self.model, config)
         self.clock = Clock(self.runtime)
@@ -1597,10 +1597,8 @@ class Trainer:
         kg_weight = 0.0 if self.importance is None else config.kg_weight
         self.controls = Controls(False, kg_weight, mtp_weight, config.grad_clip_norm)
         self.swarm = swarm_agents.VotingMesh(config.swarm_every) if config.swarm_enabled else None
-        self.losses, self.crown_q = self.model.training_losses, self.model.crown_q
-        if self.compiled:  # two graphs: the penalty is taken once a step, the losses once a micro-batch
-            compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-            self.losses, self.crown_q = compiled(self.losses), compiled(self.crown_q)
+        self.losses = compiled(self.model.training_losses, config, self.runtime, True)
+        self.crown_q = compiled(self.model.crown_q, config, self.runtime, True)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
         # `optimizers.skipped`, copied without waiting: on CUDA perhaps some steps old.
@@ -1730,7 +1728,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile every graph by steps with QAT off and on, then undo all that they changed."""
         config = self.config
-        if not (config.warmup_steps and self.compiled):
+        if not (config.warmup_steps and wants_compile(config, self.runtime)):
             return
         began, saved = time.perf_counter(), copied_to_cpu(self.state_dict())
         for step in range(config.warmup_steps):
@@ -1899,6 +1897,11 @@ class Clock:
 
     def now(self) -> float:
         return self.total_s + (0.0 if self.started_at is None else time.perf_counter() - self.started_at)
+
+
+def compiled(function: Any, config: Config, runtime: Runtime, fullgraph: bool = False) -> Any:
+    """The function with a graph for each shape, where compiling is wanted."""
+    return torch.compile(function, dynamic=False, fullgraph=fullgraph) if wants_compile(config, runtime) else function
 
 
 def wants_compile(config: Config, runtime: Runtime) -> bool:
@@ -2070,7 +2073,7 @@ def calibrate(trainer: Trainer) -> Hessians:
     Without any the result is empty: rounding stays plain.
     """
     config, runtime, clock = trainer.config, trainer.runtime, trainer.clock
-    sums: dict[str, Tensor] = {}
+    sums = dict[str, Tensor]()
 
     def probe(name: str, layer: int, x: Tensor) -> None:
         rows = x.flatten(0, -2).float()
@@ -2141,7 +2144,7 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
 
 def best_rounding(weight: Tensor, grid: Grid, rounding: Callable[[Tensor], Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """(levels, scale), each row with the scale whose `rounding`, (levels, error (…, 1)), loses least."""
-    best: list[Tensor] = []  # error, levels, scale
+    best = list[Tensor]()  # error, levels, scale
     for scale in candidate_scales(weight, grid):
         levels, error = rounding(scale)
         tried = [error, levels, scale]
@@ -2420,7 +2423,7 @@ class DocumentTrainer:
     def __init__(self, model: GPT, config: Config):
         self.model, self.rate = copy.deepcopy(model).requires_grad_(requires_grad=False), config.ttt_lr
         generator, rank = torch.Generator().manual_seed(config.seed), config.ttt_rank
-        self.trained: list[Tensor] = []
+        self.trained = list[Tensor]()
         for name in BANK_NAMES:
             bank = model.get_parameter(name)
             drawn = torch.randn(*bank.shape[:2], rank, generator=generator) / math.sqrt(rank)
@@ -2510,8 +2513,7 @@ class WindowScorer:
         self.sampled = torch.zeros(len(self.samples), config.vocab_size, device=runtime.device)
         self.scores = self.sampled.new_zeros(len(tokens) - 1, 2)
         self.tokens = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, config.eval_seq_len)).to(runtime.device)
-        score = model.token_scores
-        self.compiled = torch.compile(score, dynamic=False) if wants_compile(config, runtime) else score
+        self.compiled = compiled(model.token_scores, config, runtime)
 
     def sequences(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """ids and targets, each (len(starts), length) int64, of the sequences from `starts` on; 0 behind the end."""
@@ -3063,14 +3065,14 @@ class Runtime:
             raise ConfigError(f"local rank {self.local_rank}, but {gpus} GPUs; lower --nproc_per_node")
         self.device = torch.device("cuda", self.local_rank) if gpus else torch.device("cpu")
         self.control_group: Any = None
-        self.former_handlers: list[Any] = []
+        self.former_handlers = list[Any]()
         self.signal, self.signalled_at = 0, 0.0
         self.stop_at_once = False  # at a signal, where nothing worth saving is in the making
 
     @staticmethod
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
-        rank = environ.get("RANK", "") if environ.get("WORLD_SIZE", "1") != "1" else ""
+        rank = environ.get("RANK", "") * (environ.get("WORLD_SIZE", "1") != "1")
         when, line = time.time(), f"error: {f'rank {rank}: ' * bool(rank)}{text}"
         if rank not in ("", "0"):  # rank 0 says what all find, and its launcher ends the others
             time.sleep(2.0)
@@ -3165,12 +3167,10 @@ class Runtime:
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
         """Start summing `full` over ranks into this rank's `shard`; wait on the result before reading it."""
-        operation: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
-        return operation(shard, full, async_op=True)
+        return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(shard, full, async_op=True)
 
     def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
-        operation: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return operation(full, shard, async_op=True)
+        return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, shard, async_op=True)  # torch 2.13
 
     def from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
@@ -3291,7 +3291,7 @@ class RunLog:
 
     def __init__(self, config: Config, runtime: Runtime):
         self.runtime = runtime
-        self.failed: set[str] = set()  # files not written
+        self.failed = set[str]()  # files not written
         self.run_id = ""  # names the logs and the folder of the checkpoints
         if not runtime.is_main:
             return
@@ -3427,7 +3427,7 @@ class Checkpoints:
         self.folder = Path(config.out_dir) / "checkpoints" / log.run_id
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
-        self.cost: dict[str, Any] = {}
+        self.cost = dict[str, Any]()
         self.newest = ""  # path of the last one that is whole
 
     def numbered(self) -> list[Path]:
@@ -3563,7 +3563,7 @@ def read_safetensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def flattened(state: State, prefix: str = "") -> dict[str, Any]:
     """Every leaf, and every empty part, of a state by its path `outer/inner/name`."""
-    leaves: dict[str, Any] = {}
+    leaves = dict[str, Any]()
     for name, value in state.items():
         inner = isinstance(value, dict) and value
         leaves |= flattened(value, f"{prefix}{name}/") if inner else {prefix + name: value}
@@ -3617,7 +3617,7 @@ class FinishedStages:
         self.checkpoints = checkpoints
         self.path = checkpoints.folder / f"evaluation_{identity[:16]}.safetensors"
         state = checkpoints.find([self.path] if checkpoints.config.resume and self.path.exists() else [])
-        self.results: list[list[float]] = []  # summed logp and seconds of each finished stage
+        self.results = list[list[float]]()  # summed logp and seconds of each finished stage
         self.scores: TokenScores  # of the last one
         if state is not None:  # of this code, as the file's name says
             self.results = state["results"]

@@ -211,9 +211,9 @@ def run(args: argparse.Namespace, config: train_gpt.Config, folder: Path) -> Non
     ]
     common.report(
         "train_step", headlines, device, args.threads, recipe=config.recipe, batch_tokens=config.train_batch_tokens,
-        seq_len=config.train_seq_len, compiled=trainer.compiled, first_step_s=first_s, step_s=common.spread(seconds),
-        mflop_per_token=flops / 1e6, peak_tflops=peak / 1e12, gemm_tflops=measured / 1e12, shares=shares,
-        growth=growth(args, config, runtime),
+        seq_len=config.train_seq_len, compiled=train_gpt.wants_compile(config, runtime), first_step_s=first_s,
+        step_s=common.spread(seconds), mflop_per_token=flops / 1e6, peak_tflops=peak / 1e12,
+        gemm_tflops=measured / 1e12, shares=shares, growth=growth(args, config, runtime),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome
-from support import Run, event, numbers, read_events, results, tiny_environ, train_rows
+from support import Run, event, numbers, read_events, results, run_script, tiny_environ, train_rows
 
 import train_gpt
 
@@ -192,6 +192,15 @@ def test_memory_that_runs_out_ends_in_one_line(start: Start, monkeypatch, error:
     [line] = [line for line in outcome.stderr.splitlines() if line]
     assert line.startswith("error: out of memory")
     assert "MICRO_BATCH_TOKENS" in line
+
+
+def test_a_compiler_that_is_missing_ends_in_one_line(tiny_data: Path, tmp_path: Path):
+    environ = tiny_environ(tiny_data, tmp_path, COMPILE=1, WARMUP_STEPS=1, CXX="no-such-compiler")
+    outcome = run_script(environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})  # nothing is compiled yet
+    assert outcome.returncode == 2
+    [line] = [line for line in outcome.stderr.splitlines() if line]
+    assert line.startswith("error: compiling failed")
+    assert "COMPILE=0" in line
 
 
 def test_another_failure_is_not_taken_for_memory(start: Start, monkeypatch):

@@ -6,7 +6,8 @@
 
 docs/settings.md is made whole. In the other pages the lines <!-- NAME --> and <!-- /NAME --> mark where the table of
 that name stands. For each device the newest file bench/results/<device>-*.json counts; the scores of the recipes, and
-the picture of them, are those of the logs logs/docs_*.jsonl. Drawing needs matplotlib (requirements-tools.txt).
+the picture of them, are those of the logs logs/docs_*.jsonl, what ten minutes reach on several processors those of
+logs/clock_*.jsonl. Drawing needs matplotlib (requirements-tools.txt).
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ RESULTS = REPO / "bench" / "results"
 PICTURE = "docs/results.svg"
 STAGES = {  # by a part of the name that the log has for them
     "roundtrip": "artifact", "sliding_window": "sliding window", "legal_ttt": "+ TTT", "mixed": "+ mixer",
+}  # fmt: skip
+PROCESSORS = {  # of two cores each, by a part of the log's name
+    "zen5": "AMD EPYC with AVX512-BF16", "xeon": "Intel Xeon with AVX-512", "zen3": "AMD EPYC with AVX2",
 }  # fmt: skip
 CONTEST_TARGETS, RECORD_BATCH_TOKENS = 62_021_632, 786_432
 UTILISATIONS = (0.25, 0.35)  # of the data sheet's peak; 0.27 is what 85 ms a step on eight H100s mean
@@ -102,9 +106,9 @@ def read_results(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def committed_runs() -> dict[str, list[SeedRun]]:
+def committed_runs(named: str = "docs") -> dict[str, list[SeedRun]]:
     """The runs on the documentation corpus by recipe, in the program's order. Raises ReportError."""
-    runs = [read_run(path) for path in sorted((REPO / "logs").glob("docs_*_seed*.jsonl"))]
+    runs = [read_run(path) for path in sorted((REPO / "logs").glob(f"{named}_*_seed*.jsonl"))]
     if unfinished := [run for run in runs if not (run.finished and run.settings)]:
         raise ReportError(f"{unfinished[0].path} is no finished run's log; take it out of logs/, or finish the run")
     found = {recipe: [run for run in runs if run.settings[0]["recipe"] == recipe] for recipe in train_gpt.RECIPES}
@@ -122,16 +126,32 @@ def spread(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
     return f"{fmean(values):{sign},.{digits}f}{deviation}" if values else ""
 
 
+def stage_cells(runs: Sequence[SeedRun]) -> list[str]:
+    cells = [spread(scores_at(runs, stage)) for stage in STAGES]
+    return cells if all(run.valid for run in runs) else [*cells[:-1], f"{cells[-1]} INVALID"]
+
+
 def recipes() -> list[str]:
     """What each recipe scored, stage by stage."""
     rows = []
     for recipe, runs in committed_runs().items():
-        cells = [spread(scores_at(runs, stage)) for stage in STAGES]
-        if not all(run.valid for run in runs):
-            cells[-1] += " INVALID"
         steps, total = ([getattr(run, name) for run in runs] for name in ("steps", "total_bytes"))
-        rows.append([f"`{recipe}`", f"{len(runs)}", spread(steps, 0), *cells, spread(total, 0)])
+        rows.append([f"`{recipe}`", f"{len(runs)}", spread(steps, 0), *stage_cells(runs), spread(total, 0)])
     return table(["recipe", "seeds", "steps", *STAGES.values(), "bytes with the code"], rows)
+
+
+def by_the_clock() -> list[str]:
+    """What ten minutes of training reached on two cores of each processor, and how long the evaluation took."""
+    rows = []
+    for name, processor in PROCESSORS.items():
+        for recipe, runs in committed_runs(f"clock_{name}").items():
+            parallel = runs[0].settings[0]["parallel_residual_from"] < runs[0].settings[0]["num_layers"]
+            what = f"`{recipe}`" + " with parallel residuals" * parallel
+            seconds = spread([run.eval_s or 0.0 for run in runs], 0)
+            steps = spread([run.steps or 0 for run in runs], 0)
+            dtype = runs[0].settings[0]["compute_dtype"]
+            rows.append([processor, what, dtype, f"{len(runs)}", steps, *stage_cells(runs), seconds])
+    return table(["two cores of", "recipe", "dtype", "seeds", "steps", *STAGES.values(), "evaluation, s"], rows)
 
 
 def draw_recipes() -> str:
@@ -307,9 +327,9 @@ def step_times() -> list[str]:
 # Pages ------------------------
 PAGES = {
     "docs/results.md": dict(
-        recipes=recipes, mixers=mixers, quantization=quantization, ablation=ablation, performance=performance,
-        frontier=frontier, parts=parts, compute_dtypes=compute_dtypes, ttt=partial(ttt, "cpu-ttt_gain.json"),
-        ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
+        recipes=recipes, by_the_clock=by_the_clock, mixers=mixers, quantization=quantization, ablation=ablation,
+        performance=performance, frontier=frontier, parts=parts, compute_dtypes=compute_dtypes,
+        ttt=partial(ttt, "cpu-ttt_gain.json"), ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
     ),
     "docs/faults.md": dict(faults=faults),
     "docs/one_gpu.md": {"memory": memory, "step times": step_times},

@@ -310,10 +310,12 @@ def require_inputs(variants: Sequence[Variant], script: Path) -> None:
     if not script.is_file():
         raise SweepError(f"--script {script}: no such file")
     try:
-        for config in {train_gpt.Config.from_env(each.settings) for each in variants if script == SCRIPT}:
+        configs = [train_gpt.Config.from_env(each.settings) for each in variants if script == SCRIPT]
+        for folder in {config.data_path for config in configs}:
             for split in ("train", "val"):
-                train_gpt.find_shards(config.data_path, split)
-            train_gpt.Tokenizer(config.tokenizer_path, config.vocab_size)
+                train_gpt.find_shards(folder, split)
+        for path, vocab_size in {(config.tokenizer_path, config.vocab_size) for config in configs}:
+            train_gpt.Tokenizer(path, vocab_size)
     except train_gpt.UserError as error:
         raise SweepError(str(error)) from error
 

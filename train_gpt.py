@@ -3165,11 +3165,11 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> Any:
         """Start summing `full` over ranks into this rank's `shard`; wait on the result before reading it."""
         return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(shard, full, async_op=True)
 
-    def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
+    def all_gather(self, full: Tensor, shard: Tensor) -> Any:
         return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, shard, async_op=True)  # torch 2.13
 
     def from_main(self, *values: float) -> list[float]:
@@ -3427,7 +3427,7 @@ class Checkpoints:
         self.folder = Path(config.out_dir) / "checkpoints" / log.run_id
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
-        self.cost = dict[str, Any]()
+        self.cost: dict[str, Any] = {}
         self.newest = ""  # path of the last one that is whole
 
     def numbered(self) -> list[Path]:

@@ -845,7 +845,7 @@ class Tokenizer:
             return f"its token {BOS_ID} is not BOS, which begins every document"
         if model.is_unknown(space):
             return "it has no piece ▁: a space is unknown, or three byte tokens"
-        strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)  # leading ones: first, all
+        strips, self.strips_all = not model.decode([space]), not model.decode([space] * 3)  # leading: one, all
         ids = range(len(self.pieces))
         silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) or i == BOS_ID for i in ids]
         texts = [(piece.removeprefix("▁") if strips else piece).replace("▁", " ") for piece in self.pieces]
@@ -1028,12 +1028,12 @@ class GPT(nn.Module):
     def _run_layers(self, x: Tensor, ids: Tensor, rope: Rope, qat: bool, probe: Probe | None = None) -> Tensor:
         """All layers on x (B, T, D), and the last norm. The second half adds the first half's outputs."""
         config, x0 = self.config, x
-        value_embeds = dict[int, Tensor]()
+        value_embeds: dict[int, Tensor] = {}
         if config.ve_layers:
             shared, scales = self._rows("ve_shared", ids, qat), zip(config.ve_layers, self.ve_layer_scales)
             value_embeds = {layer: shared * scale.to(x.dtype) for layer, scale in scales}
         weights, skip_weights = self._layer_weights(qat), self.skip_weights.to(x.dtype).unbind()
-        skips = list[Tensor]()
+        skips: list[Tensor] = []
         for layer in range(config.num_layers):
             decoder_layer = layer - len(skip_weights)
             if decoder_layer >= 0 and skips:
@@ -1601,7 +1601,7 @@ class Trainer:
         self.crown_q = compiled(self.model.crown_q, config, self.runtime, True)
         self.train_loss = torch.zeros((), device=self.runtime.device)  # this rank's mean main cross-entropy
         self.crown_q_loss: Tensor | None = None  # CROWN_Q_LAMBDA times the penalty; None where QAT is off
-        # `optimizers.skipped`, copied without waiting: on CUDA perhaps some steps old.
+        # `optimizers.skipped`, copied without waiting: on CUDA some steps old.
         self.skipped_on_host = torch.zeros(2, pin_memory=self.runtime.on_cuda)
         self.skipped_in_a_row = self.skipped_reported = 0.0  # as agreed on by all ranks
 
@@ -1900,7 +1900,7 @@ class Clock:
 
 
 def compiled(function: Any, config: Config, runtime: Runtime, fullgraph: bool = False) -> Any:
-    """The function with a graph for each shape, where compiling is wanted."""
+    """With a graph for each shape, where compiling is wanted."""
     return torch.compile(function, dynamic=False, fullgraph=fullgraph) if wants_compile(config, runtime) else function
 
 
@@ -3073,8 +3073,8 @@ class Runtime:
     def tell_error(text: str, environ: Mapping[str, str]) -> None:
         """The error in one line, with the rank where there are several; torchrun ends what it says with it."""
         rank = environ.get("RANK", "") * (environ.get("WORLD_SIZE", "1") != "1")
-        when, line = time.time(), f"error: {f'rank {rank}: ' * bool(rank)}{text}"
-        if rank not in ("", "0"):  # rank 0 says what all find, and its launcher ends the others
+        when, line = datetime.datetime.now().timestamp(), f"error: {f'rank {rank}: ' * bool(rank)}{text}"
+        if rank not in ("", "0"):  # rank 0 says what all find; its launcher ends the others
             time.sleep(2.0)
         sys.stderr.write(line + "\n")
         if path := environ.get("TORCHELASTIC_ERROR_FILE"):

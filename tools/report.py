@@ -145,12 +145,12 @@ def by_the_clock() -> list[str]:
     rows = []
     for name, processor in PROCESSORS.items():
         for recipe, runs in committed_runs(f"clock_{name}").items():
-            parallel = runs[0].settings[0]["parallel_residual_from"] < runs[0].settings[0]["num_layers"]
+            settings = runs[0].settings[0]
+            parallel = settings["parallel_residual_from"] < settings["num_layers"]
             what = f"`{recipe}`" + " with parallel residuals" * parallel
-            seconds = spread([run.eval_s or 0.0 for run in runs], 0)
-            steps = spread([run.steps or 0 for run in runs], 0)
-            dtype = runs[0].settings[0]["compute_dtype"]
-            rows.append([processor, what, dtype, f"{len(runs)}", steps, *stage_cells(runs), seconds])
+            steps, seconds = (spread([getattr(run, name) for run in runs], 0) for name in ("steps", "eval_s"))
+            cells = [f"{len(runs)}", steps, *stage_cells(runs), seconds]
+            rows.append([processor, what, settings["compute_dtype"], *cells])
     return table(["two cores of", "recipe", "dtype", "seeds", "steps", *STAGES.values(), "evaluation, s"], rows)
 
 

@@ -1,7 +1,8 @@
 """Stands in for train_gpt.py where a test is about the sweep: the rows of a run's log, out of a formula of settings.
 
-LEAKY_SLOPE moves the score, QK_GAIN_INIT the seconds of a step; FAKE_FAILS names a seed that fails, FAKE_STOPS a file
-that is made when the run has begun, after which it waits until it is told to end.
+LEAKY_SLOPE moves the score, QK_GAIN_INIT the seconds of a step, FAKE_BEGIN_MS is spent before the first; and as there
+MAX_WALLCLOCK_SECONDS ends the steps. FAKE_FAILS names a seed that fails, FAKE_STOPS a file that is made when the run
+has begun, after which it waits until it is told to end, FAKE_MEETS a folder where it waits for another run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main() -> int:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
     saved = folder / "checkpoints" / "saved"
+    step_ms, begin_ms = 10.0 * number("QK_GAIN_INIT", 1.5), number("FAKE_BEGIN_MS", 0.0)
     with (folder / "logs" / f"{os.environ['RUN_ID']}.jsonl").open("a", encoding="utf-8") as log:
 
         def row(event: str, **fields: Any) -> None:
@@ -34,7 +36,14 @@ def main() -> int:
         resumed = os.environ["RESUME"] == "auto" and saved.exists()
         row("environment", python="3", torch="2", world_size=1, threads=int(os.environ["OMP_NUM_THREADS"]))
         dtype = os.environ.get("FAKE_DTYPE", "fp32")
-        row("config", seed=int(seed), warmdown_iters=int(number("WARMDOWN_ITERS", 50)), compute_dtype=dtype)
+        plan = dict(iterations=steps, warmdown_iters=int(number("WARMDOWN_ITERS", 50)))
+        row("config", seed=int(seed), compute_dtype=dtype, **plan)
+        sys.stdout.write(f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+        if meeting := os.environ.get("FAKE_MEETS"):
+            Path(meeting, seed).touch()
+            while len(list(Path(meeting).iterdir())) < 2:
+                time.sleep(0.01)
+        steps = min(steps, int(1000 * number("MAX_WALLCLOCK_SECONDS", 1e6) / step_ms))
         row("validation", targets=1000, bytes=2400, digest=os.environ.get("FAKE_TEXT", "0123456789abcdef"))
         if resumed:
             row("resumed", step=1)
@@ -47,8 +56,8 @@ def main() -> int:
             return 2
         noise = random.Random(int(seed)).gauss(0, 0.001)
         bpb = 2.0 + 0.1 * number("LEAKY_SLOPE", 0.5) + noise + 0.01 * (100 - steps) / 100
-        step_ms = 10.0 * number("QK_GAIN_INIT", 1.5)
-        row("step", step=steps, steps=steps, train_loss=1.0, train_time_ms=steps * step_ms, step_avg_ms=step_ms)
+        time_ms = begin_ms + steps * step_ms
+        row("step", step=steps, steps=steps, train_loss=1.0, train_time_ms=time_ms, step_avg_ms=step_ms)
         row("artifact_bytes", bytes=1000)
         row("total_bytes", bytes=201_000, limit=16_000_000)
         score = dict(val_loss=bpb / 2)

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,38 @@ def test_the_log_of_an_unfinished_run_is_no_result(tmp_path, monkeypatch):
         copy.write_text("".join(rows[:kept]), encoding="utf-8")
         with pytest.raises(report.ReportError, match=whole.name):
             report.committed_runs()
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated", "another"])
+def test_results_that_cannot_be_used_are_named_in_a_line(damage, tmp_path, monkeypatch, capsys):
+    """A file that is away, ends early, or holds something else."""
+    for path in report.RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    damaged = tmp_path / "cpu-ablation.json"
+    text = damaged.read_text(encoding="utf-8")
+    damaged.unlink()
+    if damage != "absent":
+        damaged.write_text(text[:100] if damage == "truncated" else "[1]")
+    for words in ([], ["--write", "--folder", str(REPO)]):
+        assert report.main(words) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert "ablation" in said
+        assert said.count("\n") == 1
+
+
+def test_seeds_of_one_row_by_the_clock_have_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPO", tmp_path)
+    (tmp_path / "logs").mkdir()
+    for path in sorted((REPO / "logs").glob("clock_xeon_laptop_seed*.jsonl")):
+        shutil.copy(path, tmp_path / "logs")
+    assert len(report.by_the_clock()) == 3
+    other = tmp_path / "logs" / "clock_xeon_laptop_seed42.jsonl"
+    text = other.read_text(encoding="utf-8")
+    other.write_text(re.sub(r'("parallel_residual_from"): \d+', r"\1: 9", text), encoding="utf-8")
+    with pytest.raises(report.ReportError, match="parallel_residual_from"):
+        report.by_the_clock()
 
 
 def test_pages_that_are_out_of_date_are_written_again(tmp_path, capsys):

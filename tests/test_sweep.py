@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from support import REPO, SCRIPT, assert_refused, tiny_environ
 
@@ -397,6 +399,54 @@ def test_equal_time_gives_a_slower_variant_fewer_steps(tmp_path: Path) -> None:
     logs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.jsonl")}
     assert run(tmp_path, *options, seeds="1,2") == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.jsonl")} == logs
+
+
+def test_a_time_that_is_another_one_after_all_is_said(tmp_path: Path) -> None:
+    options = ["--set", "QK_GAIN_INIT=1.5,3", "--env", "FAKE_BEGIN_MS=1000", "--equal-time"]
+    assert run(tmp_path, *options, seeds="1,2") == 0
+    rows = rows_of(tmp_path)
+    assert rows["QK_GAIN_INIT=3 at equal time"]["train_time_s"] > 1.1 * rows["QK_GAIN_INIT=1.5"]["train_time_s"]
+    (note,) = [note for note in report(tmp_path)["notes"] if "QK_GAIN_INIT=3" in note]
+    assert "QK_GAIN_INIT=3 at equal time (2.9 s)" in note
+    assert "QK_GAIN_INIT=1.5" not in note
+
+
+def test_what_the_clock_ended_is_not_run_again_with_more_steps(tmp_path: Path) -> None:
+    variants = [f"--variant=MAX_WALLCLOCK_SECONDS={seconds}" for seconds in (0.9, 0.8)]
+    assert run(tmp_path, *variants, "--equal-time", seeds="1") == 0
+    assert [row["steps"] for row in rows_of(tmp_path).values()] == [60, 53]
+    assert any("MAX_WALLCLOCK_SECONDS=0.8 (0.8 s)" in note for note in report(tmp_path)["notes"])
+
+
+@pytest.mark.parametrize(("visible", "used"), [("3,GPU-5", {"3", "GPU-5"}), ("7", {"7"}), ("", {""}), (None, {"None"})])
+def test_runs_at_a_time_have_gpus_of_their_own(
+    visible: str | None, used: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is None and torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    monkeypatch.setenv("FAKE_MEETS", str(meeting))
+    assert run(tmp_path / "out", "--variant", "LEAKY_SLOPE=0.5", "--jobs", 2, seeds="1,2") == 0
+    consoles = [path.read_text(encoding="utf-8").split("\n") for path in (tmp_path / "out").rglob("console.txt")]
+    assert {line.removeprefix("GPU").strip() for lines in consoles for line in lines if line.startswith("GPU")} == used
+
+
+def test_a_bar_in_a_name_makes_no_cell_of_the_table(tmp_path: Path) -> None:
+    assert run(tmp_path, "--variant", "one|two: LEAKY_SLOPE=0.5", seeds="1") == 0
+    head, _, row = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[:3]
+    assert len(re.findall(r"(?<!\\)\|", row)) == head.count("|")
+
+
+def test_the_record_of_a_run_that_is_no_record_is_none(tmp_path: Path) -> None:
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
+    (path,) = tmp_path.rglob("sweep.json")
+    path.write_text("[]")
+    assert run(tmp_path, "--variant", "LEAKY_SLOPE=0.5", seeds="1") == 0
+    assert report(tmp_path)["missing"] == []
 
 
 def wait_for(path: Path) -> None:

@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -31,7 +31,7 @@ sys.path.insert(1, str(REPO))
 import train_gpt  # noqa: E402
 from bench import common  # noqa: E402
 from tools import run_figures  # noqa: E402
-from tools.record_logs import LogError, SeedRun, read_run  # noqa: E402
+from tools.record_logs import LogError, SeedRun, difference, read_run  # noqa: E402
 from tools.sweep_report import holm, welch_p  # noqa: E402
 
 RESULTS = REPO / "bench" / "results"
@@ -146,6 +146,9 @@ def by_the_clock() -> list[str]:
     for name, processor in PROCESSORS.items():
         for recipe, runs in committed_runs(f"clock_{name}").items():
             settings = runs[0].settings[0]
+            for run in runs:
+                if problem := difference(run.settings[0], settings):
+                    raise ReportError(f"{run.path} has other settings than {runs[0].path}: {problem}; take one out")
             parallel = settings["parallel_residual_from"] < settings["num_layers"]
             what = f"`{recipe}`" + " with parallel residuals" * parallel
             steps, seconds = (spread([getattr(run, name) for run in runs], 0) for name in ("steps", "eval_s"))
@@ -336,6 +339,15 @@ PAGES = {
 }  # fmt: skip
 
 
+def written(part: str, write: Callable[[], list[str]]) -> list[str]:
+    """The lines of one table. Raises ReportError, LogError, also where a file of results is absent or no such one."""
+    try:
+        return write()
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        problem = f"the table {part} cannot be made ({type(error).__name__}: {error})"
+        raise ReportError(f"{problem}; is a file of bench/results/ or logs/ missing or damaged?") from error
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" if row else "|---" * len(head) + "|" for row in (head, [], *rows)]
 
@@ -381,7 +393,7 @@ def pages(folder: Path) -> dict[str, str]:
         try:
             text = (folder / name).read_text(encoding="utf-8")
             for part, write in parts.items():
-                text = filled(text, part, write())
+                text = filled(text, part, written(part, write))
         except (OSError, ReportError) as error:
             raise ReportError(f"{name}: {error}") from error
         made[name] = text
@@ -399,7 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if not args.write:
-            print("\n\n".join("\n".join(write()) for parts in PAGES.values() for write in parts.values()))
+            tables = [written(name, write) for parts in PAGES.values() for name, write in parts.items()]
+            print("\n\n".join("\n".join(lines) for lines in tables))
             return 0
         made = pages(args.folder)
     except (ReportError, LogError) as error:

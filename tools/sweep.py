@@ -14,7 +14,8 @@ Every run is train_gpt.py in a process of its own with a folder of its own under
 interruption the sweep goes on, also in the middle of a run, and it repeats what failed. report.md, report.json and
 report.png in --out say mean ± sample deviation, the difference to the baseline, Welch's p and Holm's correction of it
 for the number of comparisons, steps, seconds and bytes. With --equal-time every variant whose training took another
-time than the baseline's is run once more, with ITERATIONS and WARMDOWN_ITERS changed so that it takes the same.
+time than the baseline's, and was not ended by the clock, is run once more, with ITERATIONS and WARMDOWN_ITERS changed
+so that it takes the same. On a machine with several GPUs each of --jobs has one of them.
 
 Exit code 0; 1 when a run failed or is missing; 2, with one line, for a command or folder that cannot be used; 130 or
 143 when interrupted.
@@ -26,6 +27,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -42,6 +44,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn, TextIO
+
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(REPO))
@@ -202,9 +206,10 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What the sweep has written about earlier attempts: code, data, and seconds in all."""
         try:
-            return json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def wall_s(self) -> float:
@@ -213,9 +218,8 @@ class Run:
 
     def write_record(self, **change: Any) -> None:
         """Put something into the record. Raises OSError."""
-        path = self.folder / "sweep.json"
-        path.with_suffix(".tmp").write_text(json.dumps(self.record() | change, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
+        with train_gpt.whole_file(self.folder / "sweep.json") as path:
+            path.write_text(json.dumps(self.record() | change, indent=1) + "\n", encoding="utf-8")
 
     def last_row(self) -> dict[str, Any]:
         """The last row of its log, {} where there is none or it is not whole."""
@@ -333,12 +337,14 @@ class Runner:
     lock: TextIO  # open in every run as well, so that it is held as long as one of them goes on
     keep_checkpoints: bool
     stopping: bool = False
-    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)  # by their places, 0 to jobs - 1
     guard: threading.Lock = field(default_factory=threading.Lock)
 
-    def environ(self, run: Run) -> dict[str, str]:
-        """The whole environment of one run; settings come from the variant alone."""
+    def environ(self, run: Run, place: int) -> dict[str, str]:
+        """The whole environment of one run; settings come from the variant alone, a GPU goes with the place."""
         machine = {name: value for name, value in os.environ.items() if name not in FIELDS}
+        if gpus := visible_gpus():
+            machine["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
         own = dict(SEED=str(run.seed), RUN_ID="run", OUT_DIR=os.path.relpath(run.folder), RESUME="auto")
         return machine | {"OMP_NUM_THREADS": str(self.threads)} | dict(run.variant.settings) | own
 
@@ -386,22 +392,22 @@ class Runner:
             if self.stopping:
                 return -signal.SIGTERM
             # A session of its own, so that Ctrl-C reaches it once, by `stop`, and it can write a checkpoint.
-            process = subprocess.Popen(
-                [sys.executable, str(self.script)], env=self.environ(run), stdin=subprocess.DEVNULL, stdout=console,
-                stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(self.lock.fileno(),),
+            place = next(place for place in itertools.count() if place not in self.running)
+            self.running[place] = process = subprocess.Popen(
+                [sys.executable, str(self.script)], env=self.environ(run, place), stdin=subprocess.DEVNULL,
+                stdout=console, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(self.lock.fileno(),),
             )  # fmt: skip
-            self.running.add(process)
         try:
             return process.wait()
         finally:
             with self.guard:
-                self.running.discard(process)
+                del self.running[place]
 
     def stop(self) -> None:
         """Have every run write a checkpoint and end; no other one starts."""
         with self.guard:
             self.stopping = True
-            for process in self.running:
+            for process in self.running.values():
                 process.terminate()
 
     def run_all(self, runs: Sequence[Run], total: Sequence[Run], code: str, data: Mapping[str, str]) -> None:
@@ -419,6 +425,12 @@ class Runner:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()
                 raise
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*map(str, range(torch.cuda.device_count()))] if named is None else [*filter(None, named.split(","))]
 
 
 def time_left(runs: Sequence[Run], left: int, jobs: int) -> str:
@@ -461,14 +473,18 @@ def check_alike(runs: Sequence[Run], code: str, data: Mapping[str, str]) -> list
 
 
 def equal_time_variants(outcomes: Sequence[Outcome], baseline: str) -> list[Variant]:
-    """Variants that took another time than the baseline, with the steps that take the baseline's time."""
+    """Variants that took another time than the baseline, with the steps that take the baseline's time.
+
+    What the clock ended had that time already, less a reserve; more steps would not be run.
+    """
     base = next(each for each in outcomes if each.name == baseline)
     if not base.seeds:
         return []
     variants = []
     for each in outcomes:
         ratio = fmean(base.values("train_time_s")) / fmean(each.values("train_time_s")) if each.seeds else 1.0
-        if abs(ratio - 1) > SAME_TIME:
+        by_steps = all(figures["steps"] >= figures["iterations"] for figures in each.seeds.values())
+        if by_steps and abs(ratio - 1) > SAME_TIME:
             steps, warmdown = (fmean(each.values(name)) * ratio for name in ("steps", "warmdown"))
             change = dict(ITERATIONS=str(max(1, round(steps))), WARMDOWN_ITERS=str(round(warmdown)))
             variants.append(Variant(each.name + EQUAL_TIME, dict(each.settings) | change))
@@ -490,9 +506,13 @@ def make_report(runs: Sequence[Run], baseline: str, args: argparse.Namespace, mi
     for each in outcomes:
         invalid = [seed for seed, figures in each.seeds.items() if figures["valid"] is not True]
         notes += [f"INVALID, no code length: {each.name}, seed {seed}" for seed in invalid]
-    seconds = [row["train_time_s"] for row in rows]
-    if seconds and max(seconds) > (1 + SAME_TIME) * min(seconds) and not args.equal_time:
-        notes.append("training took unequal times; --equal-time also compares at the baseline's")
+    seconds = {row["name"]: row["train_time_s"] for row in rows}
+    own = {name: value for name, value in seconds.items() if name + EQUAL_TIME not in seconds}
+    base_s = seconds.get(baseline, math.nan)
+    unequal = [f"{name} ({value:,.1f} s)" for name, value in own.items() if abs(value / base_s - 1) > SAME_TIME]
+    if unequal:
+        advice = "" if args.equal_time else "; --equal-time also compares at the same"
+        notes.append(f"training took another time than the baseline's in {', '.join(unequal)}{advice}")
     code = sorted({digest for run in runs for digest in run.record().get("code", [])})
     about = dict(
         baseline=baseline, notes=notes, missing=missing, code=code,

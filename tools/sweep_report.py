@@ -24,15 +24,16 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, which everybo
 
 
 def read_figures(path: Path, stage: str) -> dict[str, Any]:
-    """What is compared of a finished run: `val_bpb` of the stage, steps, seconds and bytes.
+    """What is compared of a finished run: `val_bpb` of the stage, steps done and planned, seconds and bytes.
 
     Raises LogError for a log that is missing, damaged, not finished, lacks a row, or has no such stage.
     """
     run = read_run(path)
     reached = {**run.scores, FINAL: (run.val_loss, run.val_bpb)}
     val_bpb = next((pair[1] for name, pair in reached.items() if re.fullmatch(STAGES[stage], name)), None)
-    warmdown = run.settings[0].get("warmdown_iters") if run.settings else None
-    needed = dict(steps=run.steps, seconds=run.train_s, bytes=run.total_bytes, evaluation=run.eval_s, warmdown=warmdown)
+    settings = run.settings[0] if run.settings else {}
+    planned = dict(iterations=settings.get("iterations"), warmdown=settings.get("warmdown_iters"))
+    needed = dict(steps=run.steps, seconds=run.train_s, bytes=run.total_bytes, evaluation=run.eval_s, **planned)
     missing = [name for name, value in needed.items() if value is None]
     if not run.finished or missing:
         lacks = f"lacks {' and '.join(missing)}" if missing else "is of no finished run"
@@ -46,7 +47,7 @@ def read_figures(path: Path, stage: str) -> dict[str, Any]:
     return dict(
         val_bpb=val_bpb, steps=run.steps, train_time_s=run.train_s, eval_time_s=run.eval_s, valid=run.valid,
         bytes_total=run.total_bytes, step_s=run.train_s / max(run.steps or 0, 1), environment=environment,
-        validation=run.text, warmdown=warmdown,
+        validation=run.text, **planned,
     )  # fmt: skip
 
 
@@ -134,7 +135,8 @@ def render_markdown(rows: Sequence[Mapping[str, Any]], stage: str, notes: Sequen
         p_values = f"{_p_text(row['welch_p'])} | {_p_text(row['holm_p'])}"
         time = f"{1000 * row['step_s']:,.1f} | {row['train_time_s']:,.1f}"
         work = f"{row['steps']:,.0f} | {time} | {row['bytes_total']:,.0f}"
-        lines.append(f"| {row['name']} | {row['n']} | {value} | {difference} | {p_values} | {work} |")
+        name = row["name"].replace("|", "\\|")
+        lines.append(f"| {name} | {row['n']} | {value} | {difference} | {p_values} | {work} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 

@@ -39,6 +39,7 @@ MADE = re.compile(r"(runs|data/mine|\.\.)/|logs/[<abcR]")
 # Words in capitals that are no settings: of the adapters, of torch and of the records folder.
 OTHER_NAMES = {
     "VOCAB_SIZE", "DRAW_FROM", "SPLIT_TARGETS", "TORCHINDUCTOR_CACHE_DIR", "OMP_NUM_THREADS", "DEFAULTS", "NAME",
+    "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL",
 }  # fmt: skip
 PROGRAMS = {"train_gpt.py", "data", "tools", "bench"}
 OPTIONS_OF = {"tools/audit.py": ["tools/audit_submission.py"], "bench/run_all.py": ["bench/common.py"]}

@@ -287,7 +287,7 @@ class Config:
     """All settings; `matrix_lr` is the variable MATRIX_LR."""
 
     recipe: str = setting("swarm", "sets what has no variable of its own", "a recipe's name")
-    seed: int = number(1337, "of the first weights", 0, 2**63 - 1)
+    seed: int = number(1337, "of weights, order, TTT's adapters", 0, 2**63 - 1)
     run_id: str = setting("", "of logs and checkpoints; empty: made of the settings")
     out_dir: str = setting(".", "of the artifact, checkpoints/ and logs/")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "*_train_*.bin and *_val_*.bin")
@@ -372,7 +372,7 @@ class Config:
     mlp_bits: int = choice(0, "of the MLP banks; 0: as QAT_BITS says", 0, 5, 6, 7, 8)
     embed_bits: int = choice(8, "of embeddings, output head and large tables; 16: fp16", 5, 6, 7, 8, 16)
     crown_q_lambda: float = number(0.0, "of the CROWN-Q penalty while QAT is on")
-    late_qat_threshold: float = number(0.15, "LR scale below which QAT begins; 1: at once", 0, 1)
+    late_qat_threshold: float = number(0.15, "LR scale below which QAT begins, above MIN_LR; 1: at once", 0, 1)
     val_loss_every: int = number(4000, "steps between validations; 0: at the end")
     train_log_every: int = number(500, "steps between log lines", 1)
 
@@ -391,7 +391,7 @@ class Config:
     eval_stride: int = number(64, "new targets of a sliding window", 1)
     eval_batch_seqs: int = number(32, "windows of one forward pass", 1)
     ttt_enabled: bool = setting(False, "score-first test-time training")
-    ttt_rank: int = number(0, "of adapters, new in each document; 0: trains the model", 0, 256)
+    ttt_rank: int = number(0, "of adapters, new in each document, by Adagrad; 0: trains the model", 0, 256)
     ttt_optimizer: str = choice("sgd", "of test-time training", "sgd", "adamw")
     ttt_lr: float = number(0.002, "its first learning rate")
     ttt_lr_ramp: float = number(1.0, "factor that it reaches over 30 % of the chunks")
@@ -533,16 +533,17 @@ class Config:
 
 PLACE_FIELDS = ("data_path", "tokenizer_path", "kg_path", "out_dir", "artifact", "run_id")
 PROCESS_FIELDS = ("checkpoint_seconds", "checkpoint_keep", "resume", "join_seconds")
-# Fields that begin like this change nothing in training, and may differ in a resumed run.
+# Fields that begin like this may differ in a resumed run.
 NOT_TRAINING = (
-    *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "warmup_steps", "micro_batch_tokens",
-    "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_", "entropy_expert",
-    "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
+    *PROCESS_FIELDS, *PLACE_FIELDS, "device", "attention", "compile", "compute_dtype", "warmup_steps",
+    "micro_batch_tokens", "train_log_every", "val_", "eval_", "ttt_", "polyak_decay", "mixer", "ngram_", "alpha_",
+    "entropy_expert", "quantizer", "calibration_tokens", "prune_fraction", "fit_bytes", "compressor", "sample_seed",
 )
 
 SMALL = dict(  # for a CPU
     bigram_dim=64, muon_momentum_warmup_steps=60, swarm_enabled=True, kg_enabled=True, ttt_enabled=True,
-    ttt_chunk_tokens=8192, ttt_batch_seqs=8, eval_batch_seqs=8, mixer="backoff", ema_decay=0.95,
+    ttt_chunk_tokens=8192, ttt_batch_seqs=8, eval_batch_seqs=8, mixer="backoff", ema_decay=0.95, muon_momentum=0.95,
+    train_log_every=50,
 )
 FRONTIER = dict(  # what later public work found; QAT clips as the full-size artifact has to
     bigram_vocab_size=3072, bigram_dim=112, min_lr=0.05, muon_eq_rows=True, quantizer="gptq", clip_std=5.0,
@@ -571,16 +572,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "laptop": SMALL | FRONTIER | dict(
         num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_dim=64, ve_layers=(4, 5),
-        train_seq_len=512, train_batch_tokens=4096, warmdown_iters=400, muon_momentum=0.95, train_reserve_seconds=10.0,
-        calibration_tokens=16_384, val_loss_every=0, train_log_every=50, swarm_every=80, val_tokens=262_144,
+        train_seq_len=512, train_batch_tokens=4096, warmdown_iters=400, train_reserve_seconds=10.0,
+        calibration_tokens=16_384, val_loss_every=0, swarm_every=80, val_tokens=262_144,
         eval_seq_len=512, ttt_chunk_tokens=128,
     ),
     "demo": dict(
         **SMALL, data_path="./runs/demo/data", out_dir="./runs/demo", num_layers=3, model_dim=128, num_heads=2,
         num_kv_heads=1, ve_layers=(2,), ve_dim=32, xsa_last_n=1, rope_train_len=256, mtp_num_heads=1,
         train_seq_len=256, train_batch_tokens=2048, iterations=500, warmdown_iters=250,
-        max_wallclock_seconds=80.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        val_loss_every=250, train_log_every=50, eval_seq_len=256, swarm_every=50, ttt_epochs=1, ttt_freeze_blocks=1,
+        max_wallclock_seconds=80.0, muon_momentum_warmup_start=0.85,
+        val_loss_every=250, eval_seq_len=256, swarm_every=50, ttt_epochs=1, ttt_freeze_blocks=1,
         ttt_lr=0.01,
     ),
 }
@@ -658,7 +659,7 @@ MAKE_DATA = "run data/fetch_fineweb.py, or data/prepare.py on your own text"
 
 
 class TokenLoader:
-    """This rank's micro-batches of any step, of which alone they depend; a thread reads the next step's ahead."""
+    """This rank's micro-batches of any step, on which alone they depend; a thread reads the next step's ahead."""
 
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime):
         self.stream, self.config, self.runtime = stream, config, runtime
@@ -689,7 +690,9 @@ class TokenLoader:
         return tokens.pin_memory() if self.runtime.on_cuda else tokens
 
     def batch_failed(self, step: int) -> bool:
-        return step in self.ahead and self.ahead[step].exception() is not None
+        if step not in self.ahead:
+            self.ahead = {step: self.reader.submit(self._read, step)}
+        return self.ahead[step].exception() is not None
 
     def close(self) -> None:
         self.reader.shutdown(cancel_futures=True)
@@ -1050,10 +1053,6 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(F.linear(hidden, head).float() / cap)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) given ids (B, T)."""
-        return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
-
     def logits(self, ids: Tensor, qat: bool = False) -> Tensor:
         """ids (B, T) → softcapped logits (B, T, V), fp32."""
         return self._softcapped(*self.forward_hidden(ids, qat))
@@ -1079,7 +1078,7 @@ class GPT(nn.Module):
     def crown_q(self) -> Tensor:
         """CROWN-Q (pull request 700): w²·δ²/12, the mean over all weights of the banks, δ = clip/qmax the row's step.
 
-        δ is not detached: shrinking the largest weight of a row, which sets it, makes the row cheaper to round.
+        δ is not detached: shrinking what sets it makes the row cheaper to round.
         """
         banks = [(self.get_parameter(name).float(), grid) for name, grid in self.grids.items() if name in BANK_NAMES]
         sums = [(w.square().sum(-1, keepdim=True) * (grid.clip(w) / grid.qmax).square()).sum() for w, grid in banks]
@@ -1346,8 +1345,9 @@ class Grid(NamedTuple):
 
     def clip(self, weight: Tensor) -> Tensor:
         """Where each row is clipped, (…, 1). A standard deviation is about zero, as the levels are."""
+        # The clamp: at 0 the root has no gradient, and new banks have rows of zeros.
         if self.clip_std:
-            return self.clip_std * weight.float().square().mean(dim=-1, keepdim=True).sqrt()
+            return self.clip_std * weight.float().square().mean(dim=-1, keepdim=True).clamp_min(1e-30).sqrt()
         return weight.float().abs().amax(dim=-1, keepdim=True)
 
     def scale(self, clip: Tensor) -> Tensor:
@@ -1613,6 +1613,7 @@ class Trainer:
         self.clock.start()
         while True:
             signalled, batch_failed = self.agree_with_ranks()
+            self.set_depth()  # validation before a resumed run's first step needs it too
             capped = 0 < self.config.training_seconds <= self.elapsed_s
             last = self.step >= self.config.iterations or capped
             if last or (self.step and self.step % (self.config.val_loss_every or self.config.iterations) == 0):
@@ -1650,8 +1651,7 @@ class Trainer:
         if not self.controls.qat and self.qat_due(lr_scale):
             self.controls.qat = True
             self.log.row("qat_on", step=self.step, lr_scale=lr_scale, codec=config.bits_label)
-        progress = max(self.step / config.iterations, self.elapsed_s / (config.training_seconds or math.inf))
-        self.model.repeated = config.repeat_layers if progress >= config.repeat_from else ()
+        progress = self.set_depth()
         grad_norm = self.train_step(self.step, lr_scale)
         self.skipped_on_host.copy_(self.optimizers.skipped, non_blocking=True)
         self.step += 1
@@ -1667,6 +1667,13 @@ class Trainer:
             if self.crown_q_loss is not None:
                 shown["crown_q"] = self.crown_q_loss.item()
             self.log_step("step", **shown)
+
+    def set_depth(self) -> float:
+        """Repeat layers from REPEAT_FROM on. Returns how much of the training is done, by steps or the clock."""
+        config = self.config
+        progress = max(self.step / config.iterations, self.elapsed_s / (config.training_seconds or math.inf))
+        self.model.repeated = config.repeat_layers if progress >= config.repeat_from else ()
+        return progress
 
     def train_step(self, step: int, lr_scale: float) -> Tensor:
         """Update on global batch `step`. Returns the gradient's global norm."""
@@ -1816,10 +1823,9 @@ class Trainer:
         try:
             ours, stored = json.loads(self.config.to_json()), state["config"]
             names = [name for name in ours if not name.startswith(NOT_TRAINING) and ours[name] != stored[name]]
-            if "compute_dtype" in names:  # a run that goes on elsewhere keeps what it began with
-                names.remove("compute_dtype")
-                self.config = replace(self.config, compute_dtype=stored["compute_dtype"])
-                self.model.compute_dtype = self.optimizers.muon.dtype = COMPUTE_DTYPES[stored["compute_dtype"]]
+            dtype = stored["compute_dtype"]  # a run that goes on elsewhere keeps what it began with
+            self.config = replace(self.config, compute_dtype=dtype)
+            self.model.compute_dtype = self.optimizers.muon.dtype = COMPUTE_DTYPES[dtype]
             odd = [f"{name.upper()}={stored[name]} (now {ours[name]})" for name in names]
             odd += [name for name, value in self.identity.items() if state["identity"][name] != value]
             if not odd:
@@ -2422,7 +2428,7 @@ class DocumentTrainer:
 
     def __init__(self, model: GPT, config: Config):
         self.model, self.rate = copy.deepcopy(model).requires_grad_(requires_grad=False), config.ttt_lr
-        generator, rank = torch.Generator().manual_seed(config.seed), config.ttt_rank
+        generator, rank = torch.Generator().manual_seed(model.config.seed), config.ttt_rank
         self.trained = list[Tensor]()
         for name in BANK_NAMES:
             bank = model.get_parameter(name)
@@ -2888,32 +2894,25 @@ def _bin(values: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
 
 
 class NgramCounts(NamedTuple):
-    """What earlier blocks say about each target under one n-gram order; (N,) int32 each."""
+    """What comes earlier says about each target under one n-gram order; (N,) int32 each."""
 
     context_count: np.ndarray  # C, occurrences of the target's context
     target_count: np.ndarray  # F, those of them that the target followed
     distinct: Any = None  # T, different tokens that followed; None for hashed counts
 
 
-def causal_ngram_counts(tokens: Any, max_order: int, block: int = 1) -> list[NgramCounts]:
-    """All orders of `iter_ngram_counts` at once."""
-    return list(iter_ngram_counts(torch.as_tensor(tokens).long(), max_order, block))
-
-
-def iter_ngram_counts(
-    tokens: Tensor, max_order: int, block: int = 1, probe: MassProbe | None = None
-) -> Iterator[NgramCounts]:
+def iter_ngram_counts(tokens: Tensor, max_order: int, probe: MassProbe | None = None) -> Iterator[NgramCounts]:
     """Exact C, F and T of orders 1..max_order for every target tokens[i], int64, or for those of a probe.
 
-    The context is the order-1 tokens before i; only targets j with j//block < i//block count (a probe's block is 1).
-    Targets with too few predecessors get zeros. Raises ValueError where (context, token, position) exceeds 63 bits.
+    The context is the order-1 tokens before i; only earlier targets count. Targets with too few predecessors get
+    zeros. Raises ConfigError where (context, token, position) exceeds 63 bits.
     """
     if probe:
         yield from recount_exact(tokens, max_order, probe)
         return
     contexts = _Groups.whole(tokens)
     for _ in range(max_order):
-        counts, targets = _count_order(tokens, contexts, block)
+        counts, targets = _count_order(tokens, contexts)
         yield counts
         # A (context, token) is a context of the next order; one that came once never recurs.
         recurs = ~targets.head
@@ -2922,14 +2921,14 @@ def iter_ngram_counts(
         contexts = _Groups(targets.position[recurs] + 1, targets.head[recurs])
 
 
-def _count_order(tokens: Tensor, contexts: _Groups, block: int = 1) -> tuple[NgramCounts, _Groups]:
+def _count_order(tokens: Tensor, contexts: _Groups) -> tuple[NgramCounts, _Groups]:
     """C, F and T of the targets at contexts.position, and their groups by (context, target)."""
     targets = contexts.split(tokens)
     every = tokens.new_ones(1, dtype=torch.uint8).expand(len(tokens))
     new = torch.zeros_like(tokens, dtype=torch.uint8)
     new[targets.position] = targets.head.byte()
-    seen, followed = contexts.earlier(every, block), targets.earlier(every, block)
-    return NgramCounts(seen, followed, contexts.earlier(new, block)), targets
+    seen, followed = contexts.earlier(every), targets.earlier(every)
+    return NgramCounts(seen, followed, contexts.earlier(new)), targets
 
 
 class _Groups(NamedTuple):
@@ -2958,15 +2957,12 @@ class _Groups(NamedTuple):
         key >>= bits
         return _Groups(position, _heads(key))
 
-    def earlier(self, weight: Tensor, block: int) -> np.ndarray:
-        """Per position (N,), the `weight` (N,) of its group in earlier blocks, int32; 0 elsewhere."""
+    def earlier(self, weight: Tensor) -> np.ndarray:
+        """Per position (N,), the `weight` (N,) of its group before it, int32; 0 elsewhere."""
         total = torch.zeros_like(weight, dtype=torch.int32)
         weight = weight[self.position]
         before = weight.cumsum(0, dtype=torch.int32) - weight
-        since = _at_start(before, self.head)
-        if block > 1:
-            before = _at_start(before, self.head | _heads(self.position // block))
-        total[self.position] = before - since
+        total[self.position] = before - _at_start(before, self.head)
         return total.cpu().numpy()
 
 

@@ -66,7 +66,7 @@ SECTIONS = {
         "test_scoring test_golden_scoring test_ttt test_ttt_documents",
     ),
     "mixing": (
-        "_heads _Groups causal_ngram_counts iter_ngram_counts _count_order iter_hashed_counts Evidence _bin "
+        "_heads _Groups iter_ngram_counts _count_order iter_hashed_counts Evidence _bin "
         "BackoffNgramMixer PublishedBackoffMixer HedgeMixer guard blend mix_scores MassProbe "
         "recount_exact recount_group _tally",
         "test_ngram_counts test_mixers test_golden_scoring",

@@ -467,5 +467,5 @@ def test_borders_are_among_the_cuts(config: train_gpt.Config) -> None:
 def test_material_repeats() -> None:
     """Counts of high orders are met, or the mixers would be idle."""
     tokens = audit.make_stream(audit.zipf_material(VOCAB, 400, 3), 182)
-    counts = train_gpt.causal_ngram_counts(tokens, 6)
+    counts = [*train_gpt.iter_ngram_counts(torch.as_tensor(tokens).long(), 6)]
     assert (counts[5].context_count[90:] > 0).mean() > 0.2

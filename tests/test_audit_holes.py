@@ -142,8 +142,8 @@ def counts_with_the_target(after: int) -> Edit:
     def edit(patch: pytest.MonkeyPatch) -> None:
         honest = train_gpt.iter_ngram_counts
 
-        def counts(tokens: Any, max_order: int, block: int = 1, probe: Any = None) -> Any:
-            for each in honest(tokens, max_order, block, probe):
+        def counts(tokens: Any, max_order: int, probe: Any = None) -> Any:
+            for each in honest(tokens, max_order, probe):
                 seen, followed, distinct = each
                 late = (np.arange(len(seen)) > after) if probe is None else (probe.position > after)[:, None]
                 yield train_gpt.NgramCounts(seen + late, followed + late, np.maximum(distinct, late))

@@ -132,6 +132,7 @@ def test_a_bad_id_reaches_the_trainer_through_the_reading_thread(tmp_path):
     stream = TokenStream([write_shard(tmp_path / "x_train_0.bin", tokens)], vocab_size=10)
     config = Config(train_seq_len=100, train_batch_tokens=100, micro_batch_tokens=100, shuffle=False)
     loader = TokenLoader(stream, config, rank_of(1, 0))  # pyright: ignore[reportArgumentType]
+    assert [loader.batch_failed(step) for step in (10_000, 10_001)] == [False, True]  # of a start, too
     loader.batch(10_000)
     with pytest.raises(DataError, match="token id 11"):
         loader.batch(10_001)

@@ -156,7 +156,7 @@ def test_a_repeated_layer_changes_the_score_and_training_reaches_through_both_ru
     once = copy.deepcopy(model)
     once.repeated = ()
     ids = random_ids(config, 2, LENGTH + 1)
-    losses = [each.loss(ids[:, :-1], ids[:, 1:]) for each in (model, once)]
+    losses = [each.training_losses(ids[:, :-1], ids[:, 1:], False)[0] for each in (model, once)]
     assert abs(losses[0].item() - losses[1].item()) > 1e-3
     # The gradient of a weight is the sum over both runs: a small step along it changes the loss by as much.
     losses[0].backward()
@@ -165,7 +165,7 @@ def test_a_repeated_layer_changes_the_score_and_training_reaches_through_both_ru
     step = 1e-3 / direction.norm()
     with torch.no_grad():
         model.mlp_up_bank.add_(direction, alpha=step.item())
-        moved = model.loss(ids[:, :-1], ids[:, 1:])
+        moved = model.training_losses(ids[:, :-1], ids[:, 1:], False)[0]
     assert (moved - losses[0]).item() == pytest.approx(1e-3 * direction.norm().item(), rel=0.05)
 
 

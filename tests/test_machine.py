@@ -110,6 +110,18 @@ def test_a_run_that_goes_on_elsewhere_keeps_the_dtype_it_began_with(
     assert numbers(parts) == numbers(whole)
 
 
+def test_a_dtype_that_is_set_for_the_rest_of_a_run_goes_on_with_it(
+    run_main: Callable[[dict[str, str]], Outcome], tiny_data: Path, tmp_path: Path, at_line
+):
+    """A run without a name of its own is found again, and keeps what it began with."""
+    environ = tiny_environ(tiny_data, tmp_path, RUN_ID="", RESUME="auto", ITERATIONS=4, TTT_ENABLED=0)
+    at_line("step:2/4 ", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_main(environ).returncode == 128 + signal.SIGTERM
+    outcome = run_main(environ | {"COMPUTE_DTYPE": "bf16"})
+    assert outcome.returncode == 0, outcome.stderr
+    assert " compute_dtype:fp32\n" in outcome.stdout[outcome.stdout.index("resumed step:2 ") :]
+
+
 def test_masters_gradients_and_logits_stay_fp32_in_a_bf16_model():
     config = train_gpt.Config(
         vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, ve_layers=(1,)
@@ -120,7 +132,7 @@ def test_masters_gradients_and_logits_stay_fp32_in_a_bf16_model():
     hidden, head = model.forward_hidden(ids)
     assert (hidden.dtype, head.dtype) == (torch.bfloat16, torch.bfloat16)
     assert model.logits(ids).dtype == torch.float32
-    model.loss(ids, ids).backward()
+    model.training_losses(ids, ids, False)[0].backward()
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters() if p.grad is not None}
     assert model.qo_bank.dtype == torch.float32
 

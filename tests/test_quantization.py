@@ -464,6 +464,14 @@ def test_crown_q_by_brute_force(bits):
     assert all(p.grad is None for name, p in model.named_parameters() if name not in train_gpt.BANK_NAMES)
 
 
+def test_crown_q_has_a_gradient_where_rows_are_zero():
+    """New output and down projections are, and clips by deviation have a root."""
+    model = train_gpt.GPT(tiny_config(clip_std=5.0))
+    assert not model.mlp_down_bank.any()
+    model.crown_q().backward()
+    assert all(grad_of(model.get_parameter(name)).isfinite().all() for name in train_gpt.BANK_NAMES)
+
+
 def penalty_after(crown_q_lambda: float, qat: bool) -> tuple[float, list[float], train_gpt.Trainer]:
     """Penalty after five steps, and the losses printed on the way."""
     config = tiny_config(crown_q_lambda=crown_q_lambda, matrix_lr=0.01, grad_clip_norm=0.0)

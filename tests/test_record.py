@@ -171,7 +171,7 @@ import inspect, json, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import torch, train_gpt
 things = dict(
-    function=train_gpt.evaluate, method=train_gpt.GPT.loss, model=train_gpt.GPT, config=train_gpt.Config,
+    function=train_gpt.evaluate, method=train_gpt.GPT.logits, model=train_gpt.GPT, config=train_gpt.Config,
     agent=train_gpt.swarm_agents.QATTimingAgent, metrics=train_gpt.swarm_agents.TrainingMetrics,
     vote=train_gpt.swarm_agents.VotingMesh.vote, decoder=train_gpt.kg_data.decode,
 )
@@ -185,8 +185,9 @@ environ = dict(NUM_LAYERS="2", MODEL_DIM="16", NUM_HEADS="2", NUM_KV_HEADS="1", 
     BIGRAM_VOCAB_SIZE="16", BIGRAM_DIM="4", XSA_LAST_N="1", ROPE_DIMS="4", VE_DIM="4", VE_LAYERS="1",
     TTT_FREEZE_BLOCKS="0")
 model, ids = train_gpt.GPT(train_gpt.Config.from_env(environ)), torch.arange(8)[None]
-compiled = torch.compile(lambda a, b: model.loss(a, b), fullgraph=True, backend="eager")
-losses = [compiled(ids, ids).item(), model.loss(ids, ids).item()]
+def loss(a, b):
+    return model.training_losses(a, b, False)[0]
+losses = [torch.compile(loss, fullgraph=True, backend="eager")(ids, ids).item(), loss(ids, ids).item()]
 weight = torch.randn(4, 8)
 same = bool((train_gpt.fake_quantize(weight, 6) == train_gpt.Grid(6, 0.0).round_trip(weight)).all())
 print(json.dumps(dict(texts=texts, file=frame.filename, line=frame.lineno, shown=shown, losses=losses, same=same,

@@ -185,6 +185,41 @@ def test_a_kill_during_a_validation_costs_no_step(tiny_data, run_main, tmp_path,
     assert steps == [*range(1, 7)]
 
 
+@pytest.mark.parametrize(("every", "compiles"), [(3, 0), (0, 1)])
+def test_a_restart_within_a_validation_scores_with_the_layers_of_then(
+    tiny_data, run_main, tmp_path, monkeypatch, every, compiles
+):
+    """At step 3 none is repeated yet, behind the last step all are; priming for the compiler leaves no other."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    options = dict(
+        RESUME="auto", CHECKPOINT_SECONDS=0, ITERATIONS=6, VAL_LOSS_EVERY=every, TTT_ENABLED=0, COMPILE=compiles,
+        WARMUP_STEPS=1, REPEAT_LAYERS="1,2", REPEAT_FROM=0.7, QUANTIZER="gptq", CALIBRATION_TOKENS=384,
+    )  # fmt: skip
+    uninterrupted, killed = (tiny_environ(tiny_data, tmp_path / name, **options) for name in ("whole", "killed"))
+    assert run_main(uninterrupted).returncode == 0
+
+    class Killed(BaseException):
+        pass
+
+    def kill(_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.Trainer, "validation_score", kill)
+        with pytest.raises(Killed):
+            run_main(killed)
+    assert run_main(killed).returncode == 0
+    folders = [Path(environ["OUT_DIR"]) for environ in (killed, uninterrupted)]
+    for event_name in ("step_validation", "diagnostic"):
+        scored, expected = (
+            [row["val_bpb"] for row in read_events(folder / "logs" / "run.jsonl") if row["event"] == event_name]
+            for folder in folders
+        )
+        assert scored == expected
+    artifact, expected = ((folder / "final_model.int6.ptz").read_bytes() for folder in folders)
+    assert artifact == expected
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(
     tiny_data, run_main, tmp_path, monkeypatch, at_line, at_backward
 ):

@@ -97,6 +97,12 @@ def test_scores_are_those_of_a_plain_loop(options: dict[str, Any]) -> None:
     np.testing.assert_allclose(adapt(config).logp, plain_loop(config), rtol=0, atol=2e-4)
 
 
+def test_an_artifact_scores_the_same_under_any_seed(scores: TokenScores) -> None:
+    """What is drawn for the adapters goes with the seed in the artifact, not with that of the run that scores it."""
+    again = adapt(dataclasses.replace(CONFIG, seed=CONFIG.seed + 1), model=lively_model(CONFIG))
+    np.testing.assert_array_equal(again.logp, scores.logp)
+
+
 def test_each_document_begins_with_the_artifact_itself(scores: TokenScores) -> None:
     """Its first chunk is scored as with a rate of 0, later ones are not."""
     still = adapt(dataclasses.replace(CONFIG, ttt_lr=0.0))

@@ -211,19 +211,19 @@ def ablation() -> list[str]:
     return table(["what is on", "averaged weights", "artifact"], rows)
 
 
-def frontier() -> list[str]:
-    """Each variant against the first after the sliding window, and what comes behind it in the same runs."""
-    stages = [read_results(f"cpu-frontier{stage}.json")["variants"] for stage in ("", "_ttt", "_mixed")]
+def frontier(sweep: str, **later: str) -> list[str]:
+    """Each variant against the first after the sliding window; `later`, what comes behind it in the same runs."""
+    stages = [read_results(f"cpu-{name}.json")["variants"] for name in (sweep, *later.values())]
     rows = []
-    for row, *later in zip(*stages):
-        scores = [f"{each['mean']:.4f} ± {each['std']:.4f}" for each in (row, *later)]
+    for row, *others in zip(*stages):
+        scores = [f"{each['mean']:.4f} ± {each['std']:.4f}" for each in (row, *others)]
         difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
         p = "" if row["holm_p"] is None else f"{row['holm_p']:.1g}"
-        work = f"{row['train_time_s']:,.0f}", f"{row['bytes_total']:,.0f}"
-        rows.append([row["name"], work[0], scores[0], difference, p, *scores[1:], work[1]])
-    return table(
-        ["variant", "training s", "sliding window", "difference", "p", "+ TTT", "+ mixer", "bytes with the code"], rows
-    )
+        steps, seconds, size = (f"{row[name]:,.0f}" for name in ("steps", "train_time_s", "bytes_total"))
+        rows.append([row["name"], steps, seconds, scores[0], difference, p, *scores[1:], size])
+    behind = [f"+ {stage}" for stage in later]
+    head = ["variant", "steps", "training s", "sliding window", "difference", "p", *behind, "bytes with the code"]
+    return table(head, rows)
 
 
 PART_COLUMNS = {  # of the table of parts: the sweep, and whether a part is added to nothing or to all others
@@ -331,7 +331,9 @@ def step_times() -> list[str]:
 PAGES = {
     "docs/results.md": dict(
         recipes=recipes, by_the_clock=by_the_clock, mixers=mixers, quantization=quantization, ablation=ablation,
-        performance=performance, frontier=frontier, parts=parts, compute_dtypes=compute_dtypes,
+        performance=performance, parts=parts,
+        frontier=partial(frontier, "frontier", TTT="frontier_ttt", mixer="frontier_mixed"),
+        frontier_in_time=partial(frontier, "frontier_in_time"), compute_dtypes=compute_dtypes,
         ttt=partial(ttt, "cpu-ttt_gain.json"), ttt_documents=partial(ttt, "cpu-ttt_documents.json"),
     ),
     "docs/faults.md": dict(faults=faults),

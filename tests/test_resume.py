@@ -161,23 +161,29 @@ def test_old_checkpoints_are_removed_and_the_cost_is_logged(tiny_data, run_main,
     assert names == ["000001_step6.safetensors", "000002_step6.safetensors"]
 
 
-@pytest.mark.parametrize("every", [0, 3])
-def test_a_kill_during_a_validation_costs_no_step(tiny_data, run_main, tmp_path, monkeypatch, every):
-    """Neither in one on the way, nor in that behind the last step."""
-    environ = tiny_environ(
-        tiny_data, tmp_path, RESUME="auto", CHECKPOINT_SECONDS=0, ITERATIONS=6, VAL_LOSS_EVERY=every, TTT_ENABLED=0
-    )
+class Killed(BaseException):
+    """What no code catches."""
 
-    class Killed(BaseException):
-        pass
+
+def kill_in_validation(run_main: Callable[[dict[str, str]], Any], environ: dict[str, str]) -> None:
+    """Run until the first validation, and no further."""
 
     def killed(_: object) -> None:
         raise Killed
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.Trainer, "validation_score", killed)
         with pytest.raises(Killed):
             run_main(environ)
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_a_kill_during_a_validation_costs_no_step(tiny_data, run_main, tmp_path, every):
+    """Neither in one on the way, nor in that behind the last step."""
+    environ = tiny_environ(
+        tiny_data, tmp_path, RESUME="auto", CHECKPOINT_SECONDS=0, ITERATIONS=6, VAL_LOSS_EVERY=every, TTT_ENABLED=0
+    )
+    kill_in_validation(run_main, environ)
     outcome = run_main(environ)
     assert outcome.returncode == 0, outcome.stderr
     assert f"resumed step:{every or 6} " in outcome.stdout
@@ -197,17 +203,7 @@ def test_a_restart_within_a_validation_scores_with_the_layers_of_then(
     )  # fmt: skip
     uninterrupted, killed = (tiny_environ(tiny_data, tmp_path / name, **options) for name in ("whole", "killed"))
     assert run_main(uninterrupted).returncode == 0
-
-    class Killed(BaseException):
-        pass
-
-    def kill(_: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt.Trainer, "validation_score", kill)
-        with pytest.raises(Killed):
-            run_main(killed)
+    kill_in_validation(run_main, killed)
     assert run_main(killed).returncode == 0
     folders = [Path(environ["OUT_DIR"]) for environ in (killed, uninterrupted)]
     for event_name in ("step_validation", "diagnostic"):
